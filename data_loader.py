@@ -163,8 +163,8 @@ class DataLoader:
     """Iterates over (inputs, targets), each (B, T) int64 on the device, from ``start_step`` on.
 
     A thread reads ahead into pinned memory, so the training loop waits for neither disk nor copy.
-    Tokens travel as uint16, a quarter of int64's traffic. What goes wrong in the thread is raised
-    by ``next``; ``close`` ends it.
+    Tokens travel as uint16, a quarter of int64's traffic. What goes wrong in the thread stands in
+    ``error`` at once, up to three steps ahead of the ``next`` that raises it; ``close`` ends it.
     """
 
     def __init__(
@@ -176,11 +176,11 @@ class DataLoader:
         seed: int = 0,
         shuffle: bool = True,
         start_step: int = 0,
-        read_ahead: int = 8,
     ) -> None:
         self.dataset, self.share, self.device = dataset, share, device
         self.seed, self.shuffle, self.step = seed, shuffle, start_step
-        self.queue: queue.Queue[Tensor | Exception] = queue.Queue(maxsize=read_ahead)
+        self.error: Exception | None = None
+        self.queue: queue.Queue[Tensor | Exception] = queue.Queue(3 * share.micro_steps())
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._read_ahead, name="data_loader", daemon=True)
         self.thread.start()
@@ -213,6 +213,7 @@ class DataLoader:
                 if self.closed.is_set():
                     return
         except Exception as error:  # handed to the training loop, which must hear of any
+            self.error = error
             self._put(error)
 
     def _put(self, item: Tensor | Exception) -> None:
