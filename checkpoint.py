@@ -69,11 +69,13 @@ def save(log_dir: Path, step: int, model: GPT, state: dict[str, Any], keep: int)
     for stale in log_dir.glob(".partial_*"):  # of a process that was killed while it saved
         shutil.rmtree(stale, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
-        torch.save(state, partial / STATE)
-        files = sorted(partial.iterdir())
-        # The checksums are read from the page cache while the disk is still busy with fsync.
+        partial.mkdir()
         with ThreadPoolExecutor() as pool:
+            writing = pool.submit(torch.save, state, partial / STATE)
+            model.save_pretrained(partial)
+            writing.result()
+            files = sorted(partial.iterdir())
+            # The checksums are read from the page cache while the disk is still busy with fsync.
             synced = [pool.submit(_fsync, file) for file in files]
             sums = dict(zip((f.name for f in files), pool.map(_checksum, files), strict=True))
             for done in synced:
