@@ -11,6 +11,7 @@ how often the run was killed. The same command again goes on after the last whol
 
 import ast
 import contextlib
+import copy
 import fcntl
 import functools
 import hashlib
@@ -103,24 +104,24 @@ def get_tokenizer() -> tiktoken.Encoding:
     )
 
 
-def encode(texts: list[str]) -> np.ndarray:
+def encode(texts: list[str], tokenizer: tiktoken.Encoding | None = None) -> np.ndarray:
     """The texts' tokens one after the other, each text begun by `<|endoftext|>`: uint16 [n]."""
+    tokenizer = tokenizer or get_tokenizer()
     # One call for many documents: tiktoken works without Python's lock, so threads use all cores.
     joined = "".join(DELIMITER + text for text in texts)
     if joined.count(DELIMITER) == len(texts):  # inside a text it would be text, not a delimiter
         with contextlib.suppress(ValueError):  # a text that tiktoken refuses, see below
-            tokens = get_tokenizer().encode_to_numpy(joined, allowed_special="all")
-            return tokens.astype(np.uint16)
-    return np.concatenate([_encode_awkward(text) for text in texts])
+            return tokenizer.encode_to_numpy(joined, allowed_special="all").astype(np.uint16)
+    return np.concatenate([_encode_awkward(text, tokenizer) for text in texts])
 
 
-def _encode_awkward(text: str) -> np.ndarray:
+def _encode_awkward(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
     # Half a surrogate pair, which JSON can hold, has no UTF-8: U+FFFD, as `tiktoken.encode` does.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     # A megabyte of blanks overflows tiktoken's regular expression. GPT-2's pattern makes all of a
     # run of blanks but the last one a piece, so a cut there changes no token.
     pieces = re.split(r"(?=\s\S)(?<=\s{65536})", text)
-    parts = [get_tokenizer().encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+    parts = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
     return np.concatenate([[END_OF_TEXT], *parts]).astype(np.uint16)
 
 
@@ -327,7 +328,14 @@ def tokenize(units: list[Unit], workers: int) -> Iterator[tuple[np.ndarray, int]
     begun only when the one 2 * workers + 1 before it has been taken, so that memory is bounded.
     """
     stop = threading.Event()
-    readers, encoders = ThreadPoolExecutor(2 * workers), ThreadPoolExecutor(workers)
+    own = threading.local()
+
+    def begin_thread() -> None:
+        # A regular expression serves the thread that used it first, and all others more slowly.
+        own.tokenizer = copy.copy(get_tokenizer())
+
+    readers = ThreadPoolExecutor(2 * workers)
+    encoders = ThreadPoolExecutor(workers, initializer=begin_thread)
 
     def tokenize_unit(unit: Unit) -> tuple[np.ndarray, int]:
         futures: list[Future[np.ndarray]] = []
@@ -335,7 +343,7 @@ def tokenize(units: list[Unit], workers: int) -> Iterator[tuple[np.ndarray, int]
         while batch := list(itertools.islice(documents, BATCH)):
             texts = [text for text in batch if text]
             skipped += len(batch) - len(texts)
-            futures.append(encoders.submit(encode, texts))
+            futures.append(encoders.submit(lambda t=texts: encode(t, own.tokenizer)))
             if len(futures) > 8:  # bounds the text in memory
                 futures[-9].result()
         tokens = [np.empty(0, np.uint16), *(future.result() for future in futures)]

@@ -73,7 +73,10 @@ def ours(data: Path, workers: int, out: Path) -> tuple[float, float, np.ndarray]
 def tokenize(document: dict[str, str]) -> np.ndarray:
     tokens = [dataset.END_OF_TEXT]
     tokens.extend(dataset.get_tokenizer().encode_ordinary(document["text"]))
-    return np.array(tokens).astype(np.uint16)
+    array = np.array(tokens)
+    if not ((array >= 0) & (array < 2**16)).all():
+        raise ValueError("a token that is no uint16")
+    return array.astype(np.uint16)
 
 
 def recipe(data: Path, workers: int, out: Path) -> tuple[float, float, np.ndarray]:
@@ -83,7 +86,6 @@ def recipe(data: Path, workers: int, out: Path) -> tuple[float, float, np.ndarra
     documents = datasets.load_dataset(
         "parquet", data_files=files, split="train", cache_dir=str(out / "cache")
     )
-    documents = documents.select_columns("text")
     shard, filled, shards = np.empty(SHARD_SIZE, np.uint16), 0, 0
     start, cpu = time.perf_counter(), cpu_seconds()
     with multiprocessing.get_context("fork").Pool(workers) as pool:

@@ -199,7 +199,6 @@ def test_several_machines_write_the_same_documents_into_one_folder(tmp_path: Pat
 
 def test_the_embedded_corpus_is_the_same_each_time_and_a_fair_mix(tmp_path: Path) -> None:
     index = prepare(config_for("stdlib", tmp_path / "a", shard_size=50_000))
-    dataset.stdlib_documents.cache_clear()
     again = prepare(config_for("stdlib", tmp_path / "b", shard_size=50_000, workers=1))
     assert index == again
     assert 300_000 < index["tokens"] < 3_000_000

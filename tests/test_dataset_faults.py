@@ -20,7 +20,7 @@ import dataset
 from dataset import DatasetConfig, prepare, verify
 
 SCRIPT = Path(dataset.__file__)
-WORDS = "time year people way day man thing woman life child world school state family".split()
+WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child"]
 README = """---
 configs:
 - config_name: sample-10BT
