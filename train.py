@@ -153,8 +153,8 @@ PRESETS = {
         micro_batch=4,
         max_steps=600,
         warmup_steps=50,
-        max_lr=4e-3,
-        min_lr=4e-4,
+        max_lr=1e-3,
+        min_lr=1e-4,
         val_every=150,
         val_tokens=16_384,
         hellaswag_every=0,
@@ -312,7 +312,7 @@ class Run:
         config = self.config
         with attention_backends(self.world.device):
             while True:
-                last = self.step == config.max_steps or self.stopping
+                last = self.step >= config.max_steps or self.stopping
                 if self.due(config.val_every):
                     self.chore("val", self.validate)
                 if self.due(config.hellaswag_every):
@@ -335,6 +335,10 @@ class Run:
     def update(self) -> None:
         """Accumulates, clips, updates. Nothing in it waits for the device."""
         loss = self.accumulate()
+        stop = bool(self.signal.name or self.loader.error)
+        stats = torch.stack((loss, torch.full_like(loss, stop)))
+        if self.world.size > 1:  # before the update: if it fails, this step has not been made
+            dist.all_reduce(stats)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         # The fused kernel skips the update where this is 1, without a look from the host. The norm
         # is that of the averaged gradient, so all ranks decide alike.
@@ -344,18 +348,14 @@ class Run:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
 
-        stop = bool(self.signal.name or self.loader.error)
-        stats = torch.stack((loss, torch.full_like(loss, stop)))
-        if self.world.size > 1:
-            dist.all_reduce(stats)
         stats, arrived = torch.cat((stats / self.world.size, norm.reshape(1))), None
         if self.world.device.type == "cuda":
             stats = torch.empty(3, pin_memory=True).copy_(stats, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        pending = (self.step - 1, lr, stats, arrived)
+        pending = (self.step, lr, stats, arrived)
+        self.step += 1
         if arrived is not None:  # read the step before, while this one computes
             pending, self.pending = self.pending, pending
         self.report(pending)
@@ -407,7 +407,7 @@ class Run:
 
     def due(self, every: int) -> bool:
         """Whether a chore of this interval is due before this step, or at the end."""
-        return every > 0 and (self.step % every == 0 or self.step == self.config.max_steps)
+        return every > 0 and (self.step % every == 0 or self.step >= self.config.max_steps)
 
     def chore(self, kind: str, work: Callable[[], dict[str, Any]]) -> None:
         """Does it and logs what it returns; none of its time counts as training."""
