@@ -12,12 +12,15 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 from typing import IO, Any
 
 import torch
+from torch.utils.serialization import config
 
 from model import GPT, checkpoints
 
@@ -46,12 +49,13 @@ def lock(log_dir: Path) -> IO[str]:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask for an orderly stop; a second SIGINT stops at once."""
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask for an orderly stop; a second SIGINT ends at once."""
 
     def __init__(self) -> None:
         self.name = ""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._handle)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.name and number == signal.SIGINT:
@@ -66,20 +70,25 @@ def save(log_dir: Path, step: int, model: GPT, state: dict[str, Any], keep: int)
     """
     final = log_dir / f"step_{step:06d}"
     partial = log_dir / f".partial_{final.name}"
-    for stale in log_dir.glob(".partial_*"):  # of a process that was killed while it saved
+    for stale in log_dir.glob(".partial_*"):  # of a process killed while it saved or pruned
         shutil.rmtree(stale, ignore_errors=True)
     try:
         partial.mkdir()
-        with ThreadPoolExecutor() as pool:
+        # torch's own CRC would be a second one, for a seventh of its time.
+        with ThreadPoolExecutor() as pool, config.patch("save.compute_crc32", False):
             writing = pool.submit(torch.save, state, partial / STATE)
             model.save_pretrained(partial)
+
+            def settle(file: Path) -> tuple[str, Future[None], Future[list[int]]]:
+                # The checksum is read from the page cache while the disk is busy with the fsync.
+                return file.name, pool.submit(_fsync, file), pool.submit(_checksum, file)
+
+            settled = [settle(f) for f in sorted(partial.iterdir()) if f.name != STATE]
             writing.result()
-            files = sorted(partial.iterdir())
-            # The checksums are read from the page cache while the disk is still busy with fsync.
-            synced = [pool.submit(_fsync, file) for file in files]
-            sums = dict(zip((f.name for f in files), pool.map(_checksum, files), strict=True))
-            for done in synced:
-                done.result()
+            sums = {}
+            for name, synced, checksum in [*settled, settle(partial / STATE)]:
+                synced.result()
+                sums[name] = checksum.result()
         (partial / CHECKSUMS).write_text(json.dumps(sums, indent=2))
         _fsync(partial / CHECKSUMS)
         _fsync(partial)
@@ -92,7 +101,9 @@ def save(log_dir: Path, step: int, model: GPT, state: dict[str, Any], keep: int)
     # Those of later steps are damaged, or this run would have gone on from them: they do not count.
     known = checkpoints(log_dir)
     for old in known[known.index(final) + keep :] if keep else []:
-        shutil.rmtree(old, ignore_errors=True)
+        # To delete gigabytes can take as long as to write them. Training does not wait for it.
+        gone = old.rename(log_dir / f".partial_{old.name}")
+        Thread(target=shutil.rmtree, args=(gone, True)).start()
     return final
 
 
@@ -134,12 +145,16 @@ def find_damage(folder: Path) -> str | None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """The training state, on the CPU. Raises ValueError when it holds more than numbers."""
+    """The training state, on the CPU. Raises ValueError when it holds more than plain data."""
     try:
-        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling fails in many ways; each means: do not use this file
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{folder / STATE}: not a training state ({reason})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own text recommends to load it unsafely
+        raise ValueError(
+            f"{folder / STATE}: not a training state, or one that would run code when loaded;"
+            f" remove {folder} to go on from the checkpoint before"
+        ) from error
 
 
 def compare_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:

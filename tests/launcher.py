@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -57,11 +58,15 @@ class Training:
 
     def wait(self, timeout: float = TIMEOUT) -> int:
         """Its exit code, or minus the number of the signal that ended it."""
-        code = self.server.ask(op="wait", pid=self.pid, timeout=timeout)
+        code = self.poll(timeout)
         if code is None:
             self.kill(signal.SIGKILL)
             raise AssertionError(f"still running after {timeout} s:\n{self.out}\n{self.err}")
         return code
+
+    def poll(self, timeout: float) -> int | None:
+        """The same, but None when it has not ended after that many seconds."""
+        return self.server.ask(op="wait", pid=self.pid, timeout=timeout)
 
     def kill(self, number: int) -> None:
         """Sends a signal. Does nothing when it has ended: it is a zombie until ``wait``."""
@@ -121,6 +126,8 @@ def start(
     trainings = []
     for rank in range(ranks):
         label = f"run{next(COUNTER)}_rank{rank}"
+        for name in ("out", "err"):
+            (folder / f"{label}.{name}").touch()
         pid = server().ask(
             op="start",
             flags=[*TINY, *flags],
@@ -140,6 +147,23 @@ def run(folder: Path, *flags: str, **options: Any) -> tuple[int, str, str]:
     return codes[0], trainings[0].out, trainings[0].err
 
 
+def run_lines(log: Path) -> list[str]:
+    """The lines of metrics.jsonl, none when there is no such file yet."""
+    path = log / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for_step(training: Training, log: Path, begun: int, step: int) -> None:
+    """Waits for a training step of this number or later, after line ``begun`` of the metrics."""
+    end = time.monotonic() + TIMEOUT
+    while time.monotonic() < end:
+        for line in run_lines(log)[begun:]:
+            if '"kind": "train"' in line and int(line.split('"step": ')[1].split(",")[0]) >= step:
+                return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was never logged: {training.err}")
+
+
 def free_port() -> int:
     """A port nobody listens on."""
     with socket.socket() as probe:
@@ -150,7 +174,7 @@ def free_port() -> int:
 def metrics(log_dir: Path, *kinds: str) -> dict[tuple[str, int], dict[str, Any]]:
     """The last line of each kind and step, without what depends on the clock."""
     lines: dict[tuple[str, int], dict[str, Any]] = {}
-    for text in (log_dir / "metrics.jsonl").read_text().splitlines():
+    for text in run_lines(log_dir):
         try:
             line = json.loads(text)
         except ValueError:  # half a line, of a process that was killed
@@ -226,6 +250,7 @@ def child(question: dict[str, Any], main: Callable[[], None]) -> None:
             getattr(importlib.import_module(module), name)(*arguments)
         main()
         code = 0
+        threading._shutdown()  # waits for threads, as a process does that ends by itself
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:

@@ -6,10 +6,9 @@ import signal
 import time
 from pathlib import Path
 
-import launcher
 import pytest
 import torch
-from launcher import Training, metrics, run, start, write_shards
+from launcher import metrics, run, run_lines, start, wait_for_step, write_shards
 
 LOGGED = ("train", "val", "sample")
 
@@ -81,23 +80,6 @@ def kill_and_resume(folder: Path, ranks: int, kills: int, seed: int) -> int:
     code, _, err = run(folder, "--resume", ranks=ranks)
     assert code == 0, err
     return hit
-
-
-def run_lines(log: Path) -> list[str]:
-    """The lines of metrics.jsonl, none when there is no such file yet."""
-    path = log / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def wait_for_step(training: Training, log: Path, begun: int, step: int) -> None:
-    """Waits until a process has logged a training step of this number or a later one."""
-    end = time.monotonic() + launcher.TIMEOUT
-    while time.monotonic() < end:
-        for line in run_lines(log)[begun:]:
-            if '"kind": "train"' in line and int(line.split('"step": ')[1].split(",")[0]) >= step:
-                return
-        time.sleep(0.002)
-    raise AssertionError(f"step {step} was never logged: {training.err}")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
