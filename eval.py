@@ -46,7 +46,7 @@ class EvalOptions:
     greedy: bool = False
     """Take the likeliest token each time."""
     seed: int = 1337
-    """Same seed, same text, on the same device in the same precision."""
+    """Same seed, same text, on the same device in the same precision; up to rounding in batches."""
     stream: bool = False
     """Print tokens as they are made, one sample after the other."""
     json: bool = False
@@ -116,7 +116,7 @@ def validation_loss(
             inputs, targets = batch[:, :-1], batch[:, 1:]
             sums.append(model(inputs, targets).float() * targets.numel())
     # Millions of tokens are summed in fp64, on the host since not every device has it.
-    total = float(sum(torch.stack(sums).double().cpu())) if sums else 0.0
+    total = float(torch.stack(sums).cpu().double().sum()) if sums else 0.0
     pair = torch.tensor([total, len(mine) * dataset.context_length], dtype=torch.float64)
     if dist.is_initialized():
         pair = pair.to(device)  # NCCL reduces what is on the GPU
