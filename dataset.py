@@ -240,7 +240,7 @@ def _open(path: str) -> Any:
 @functools.cache
 def stdlib_documents() -> list[str]:
     """The manual pages of `pydoc_data` and each docstring of the standard library (read with `ast`;
-    nothing is imported), ordered by a hash of their names so that any part is a fair mix."""
+    nothing is imported), ordered by a hash so that any part is a fair mix of both."""
     from pydoc_data.topics import topics
 
     names = {text: topic for topic, text in topics.items()}  # a text counts once
