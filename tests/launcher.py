@@ -199,6 +199,8 @@ def serve() -> None:
     import train
 
     dataset.get_tokenizer()
+    # The rest of tyro, which a child without root's rights may not be able to read.
+    train.tyro.cli(train.TrainConfig, args=[])
     # Drawing takes longer than training here, and is tested elsewhere.
     train.plot.plot_run = lambda *_: None
     gc.collect()
