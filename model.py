@@ -191,6 +191,7 @@ class GPT(nn.Module):
         if problems := config.problems():
             raise ValueError("; ".join(problems))
         self.config = config
+        self.loss_rows: int | None = None  # whose logits exist at once; None: fit for the device
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.d_model),
@@ -231,9 +232,13 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(hidden)
         hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (B*T, C), (B*T,)
-        # 4096 rows of logits are 0.8 GB in fp32. A CPU wants them in its cache, but not so few
-        # that adding up the weight's gradient (V, C) costs more than a pass over logits (rows, V).
-        rows = 4096 if idx.device.type == "cuda" else max(128, self.config.d_model)
+        rows = self.loss_rows
+        if rows is None:
+            # 4096 rows of logits are 0.8 GB in fp32. A CPU wants them in its cache, but not so few
+            # that adding up the weight's gradient (V, C) costs more than a pass over the logits.
+            rows = 4096 if idx.device.type == "cuda" else max(128, self.config.d_model)
+        if rows == 0:
+            return F.cross_entropy(self.lm_head(hidden).float(), targets)
         if torch.is_grad_enabled():
             device = hidden.device.type
             autocast = torch.is_autocast_enabled(device)

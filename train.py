@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -44,6 +45,8 @@ Pending = tuple[int, float, Tensor, torch.cuda.Event | None]
 
 MAX_SKIPPED = 10  # updates skipped in a row before a run is called lost
 SPIKE_WINDOW, SPIKE_LEAST = 128, 16  # steps that a loss is compared with
+# What ends a run without being its user's mistake.
+RUN_FAULTS = (FloatingPointError, ConnectionError, torch.OutOfMemoryError)
 CPU_COMPILE_STEPS = 200  # a run on a CPU repays the minute of compiling from here on
 
 
@@ -52,7 +55,8 @@ class TrainConfig:
     """Settings of a run. --preset sets them all; any other flag overrides the preset."""
 
     preset: str = "gpt-xs"
-    """gpt-xs: GPT-2 124M on 10B tokens. quickstart: a small model on the embedded corpus."""
+    """gpt-xs: GPT-2 124M on 10B tokens. quickstart: a small model on the embedded corpus.
+    gpt2, gpt2-medium, gpt2-large, gpt2-xl: OpenAI's four sizes with their context of 1024."""
     data_dir: Path = Path("edu_fineweb10B")
     """Folder of token shards, as dataset.py writes them."""
     log_dir: Path = Path("log")
@@ -105,6 +109,12 @@ class TrainConfig:
     """Precision of the matrix products; auto: bf16 where the device has it in hardware."""
     compile: bool = True
     """Compile the training step. On a CPU only runs of 200 steps or more repay it."""
+    loss_rows: int | None = None
+    """Tokens whose logits exist at once in the loss. Default by device; 0: all, the plain loss."""
+    bf16_grads: bool = False
+    """Exchange gradients in bf16: half the traffic between devices, less exact sums."""
+    profile: int = 0
+    """Trace this many steps with torch.profiler into trace_rank*.json of the log folder."""
     deterministic: bool = False
     """Use deterministic algorithms only: a GPU then repeats a run bit for bit."""
     tensorboard: bool = False
@@ -116,6 +126,7 @@ class TrainConfig:
         """All that is wrong with these settings for ``world_size`` processes, a line each."""
         c, T = self, self.model.context_length
         counts = [k for k in vars(c) if k.endswith(("_every", "_steps", "_checkpoints"))]
+        counts += ["profile"] + ["loss_rows"] * (c.loss_rows is not None)
         found = c.model.problems()
         found += [f"{k} {getattr(c, k)} is negative" for k in counts if getattr(c, k) < 0]
         if c.max_steps < 1 or c.warmup_steps > c.max_steps:
@@ -142,6 +153,14 @@ class TrainConfig:
         return found
 
 
+# OpenAI's four sizes at their context of 1024; the peak rates are GPT-3's (Brown et al. 2020, table
+# 2.1), and the micro-batches fit a GPU of 80 GB by the size of their activations.
+OPENAI_SIZES = {
+    "gpt2": (GPTConfig(768, 12, 12, 1024), 6e-4, 64),
+    "gpt2-medium": (GPTConfig(1024, 16, 24, 1024), 3e-4, 32),
+    "gpt2-large": (GPTConfig(1280, 20, 36, 1024), 2.5e-4, 16),
+    "gpt2-xl": (GPTConfig(1600, 25, 48, 1024), 2e-4, 8),
+}
 PRESETS = {
     "gpt-xs": TrainConfig(),
     "quickstart": TrainConfig(
@@ -163,6 +182,9 @@ PRESETS = {
         checkpoint_every=300,
         compile=False,  # the compiler would take longer than it saves
     ),
+} | {
+    name: TrainConfig(preset=name, model=model, max_lr=lr, min_lr=lr / 10, micro_batch=rows)
+    for name, (model, lr, rows) in OPENAI_SIZES.items()
 }
 
 
@@ -210,6 +232,11 @@ class World:
         return box[0]
 
 
+def exchange_in_bf16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """torch's own hook; under its own name DDP refuses it in a build without CUDA."""
+    return bf16_compress_hook(group, bucket)
+
+
 class Run:
     """A run's state and its chores; ``fit`` is the order in which they are done."""
 
@@ -230,6 +257,7 @@ class Run:
         if config.deterministic:  # cuBLAS asks for it
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.model = GPT(config.model).to(world.device)
+        self.model.loss_rows = config.loss_rows
         groups = self.model.parameter_groups(config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
         self.settings = json.loads(json.dumps(asdict(config), default=str))
@@ -246,6 +274,7 @@ class Run:
         self.ddp: DistributedDataParallel | None = None
         self.training_model = self.parallel_and_compiled()
         self.signal, self.stopping = checkpoint.StopSignal(), False
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.examples: list[Any] | None = None
         self.pending: Pending | None = None
         self.announce()
@@ -277,6 +306,8 @@ class Run:
             # Not static_graph: with gradient accumulation it stops synchronising (pytorch#187732).
             ids = [device.index] if device.type == "cuda" else None
             model = self.ddp = DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+            if self.config.bf16_grads:
+                self.ddp.register_comm_hook(None, exchange_in_bf16)
         on_cpu, left = device.type == "cpu", self.config.max_steps - self.step
         if not self.config.compile or (on_cpu and left < CPU_COMPILE_STEPS):
             return model
@@ -310,7 +341,7 @@ class Run:
     def fit(self) -> None:
         """Trains to the last step, or to a signal."""
         config = self.config
-        with attention_backends(self.world.device):
+        with attention_backends(self.world.device), self.profiler() as profiler:
             while True:
                 last = self.step >= config.max_steps or self.stopping
                 if self.due(config.val_every):
@@ -324,16 +355,35 @@ class Run:
                 if last:
                     break
                 self.update()
+                profiler.step()
                 if self.step % 100 == 1:  # what has lived so long needs no more of gc's looks
                     gc.collect()
                     gc.freeze()
         self.loader.close()
         self.metrics.close()
 
+    def profiler(self) -> torch.profiler.profile:
+        """Traces ``profile`` steps, the fifth and on: those before compile and allocate."""
+        path = self.config.log_dir / f"trace_rank{self.world.rank}.json"
+
+        def write(profiler: torch.profiler.profile) -> None:
+            profiler.export_chrome_trace(str(path))
+            self.metrics.say(f"profile: {path}; open it at https://ui.perfetto.dev")
+
+        def idle(step: int) -> torch.profiler.ProfilerAction:
+            return torch.profiler.ProfilerAction.NONE
+
+        active = self.config.profile
+        steps = {"wait": 3, "warmup": 1, "active": active, "repeat": 1}
+        schedule = torch.profiler.schedule(**steps) if active else idle
+        return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
+
     # -- a step -----------------------------------------------------------------------------------
 
     def update(self) -> None:
         """Accumulates, clips, updates. Nothing in it waits for the device."""
+        if self.launcher and os.getppid() != self.launcher:
+            raise ConnectionError("torchrun has died, and with it what watches over the ranks")
         loss = self.accumulate()
         stop = bool(self.signal.name or self.loader.error)
         stats = torch.stack((loss, torch.full_like(loss, stop)))
@@ -504,9 +554,15 @@ def train(config: TrainConfig, world: World) -> None:
     run = Run(config, world)
     try:
         run.fit()
-    except (OSError, RuntimeError):  # a shard is gone, a rank has died, memory is out
+    except (OSError, RuntimeError) as error:  # a shard is gone, a rank has died, memory is out
         if config.checkpoint_every:
             run.chore("checkpoint", run.save)
+        if isinstance(error, dist.DistBackendError) or "gloo" in str(error):
+            reason = str(error).splitlines()[0]
+            raise ConnectionError(
+                f"another rank has died after step {run.step}: see its message, then go on with"
+                f" the same command and --resume ({reason})"
+            ) from error
         raise
     say, log_dir = run.metrics.say, config.log_dir
     if run.step < config.max_steps:
@@ -532,13 +588,13 @@ def main() -> None:
         preset = PRESETS[parser.parse_known_args()[0].preset]
         config = tyro.cli(TrainConfig, default=preset, description=__doc__)
         train(config, World.join(config.device))
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, *RUN_FAULTS) as error:
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
             half = max(1, config.micro_batch // 2)
             message = f"out of GPU memory at --micro-batch {config.micro_batch}; use {half}"
         print(f"train.py: {message}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ValueError | OSError) else 1) from None
+        raise SystemExit(1 if isinstance(error, RUN_FAULTS) else 2) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -164,6 +164,16 @@ def wait_for_step(training: Training, log: Path, begun: int, step: int) -> None:
     raise AssertionError(f"step {step} was never logged: {training.err}")
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Polls for a minute."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("never happened")
+
+
 def free_port() -> int:
     """A port nobody listens on."""
     with socket.socket() as probe:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launcher import TINY, metrics, run, start, wait_for_step, write_shards
+from launcher import TINY, metrics, run, start, wait_for, wait_for_step, write_shards
 
 import checkpoint
 
@@ -231,6 +231,9 @@ def test_a_rank_that_dies_leaves_a_checkpoint_of_the_last_finished_step(folder: 
     assert [training.wait() for training in trainings] == [1, -signal.SIGKILL]
     last = max(step for _, step in metrics(folder / "log", "train")) + 1
     assert steps(folder / "log")[-1] == last
+    message = trainings[0].err
+    assert message.startswith(f"train.py: another rank has died after step {last}: ")
+    assert message.count("\n") == 1
 
 
 def test_torchrun_stops_on_sigterm_within_its_grace_period(folder: Path) -> None:
@@ -249,16 +252,6 @@ def test_torchrun_stops_on_sigterm_within_its_grace_period(folder: Path) -> None
     code, out_text, _ = run(folder, "--resume", "--max-steps", str(last + 3), ranks=2)
     assert code == 0
     assert f"resumed from log/step_{last:06d}" in out_text
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Polls for a minute."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("never happened")
 
 
 # -- gradients ------------------------------------------------------------------------------------

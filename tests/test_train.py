@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train
-from model import GPTConfig
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -96,6 +96,20 @@ def test_the_default_run_is_the_published_one() -> None:
         assert config.problems(world_size) == []
 
 
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [("gpt2", 124), ("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558)],
+)
+def test_the_presets_of_openais_sizes_fit_one_to_eight_gpus(size: str, parameters: int) -> None:
+    config = train.PRESETS[size]
+    assert config.preset == size
+    with torch.device("meta"):
+        model = GPT(config.model)
+    assert round(model.num_parameters() / 1e6) == parameters
+    for world_size in (1, 2, 4, 8):
+        assert config.problems(world_size) == []
+
+
 def test_all_problems_of_a_configuration_are_reported_at_once() -> None:
     mistakes = {"batch_tokens": 1000, "max_lr": 1e-5, "val_tokens": 3, "grad_clip": 0.0}
     config = dataclasses.replace(train.TrainConfig(), **mistakes)
@@ -119,7 +133,7 @@ def test_a_batch_that_three_gpus_cannot_share_names_the_nearest_that_they_can() 
 def one_process(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     log_dir = tmp_path_factory.mktemp("one")
     flags = ("--val-every", "10", "--checkpoint-every", "10", "--sample-every", "0")
-    run = ("--micro-batch", "8", "--max-steps", "20", *flags)
+    run = ("--micro-batch", "8", "--max-steps", "20", "--profile", "2", *flags)
     done = launch(1, "--data-dir", str(data), "--log-dir", str(log_dir), *run)
     assert done.returncode == 0, done.stderr
     return log_dir
@@ -176,6 +190,15 @@ def test_hellaswag_that_cannot_be_had_is_said_once_and_training_goes_on(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("HellaSwag is left out") == 1
     assert len(read(tmp_path / "log", "train")) == 5
+
+
+def test_the_profile_holds_the_operations_of_its_steps(one_process: Path) -> None:
+    events = json.loads((one_process / "trace_rank0.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events]
+    assert names.count("ProfilerStep#4") == 1
+    assert names.count("ProfilerStep#5") == 1
+    assert sum(name.startswith("ProfilerStep") for name in names) == 2
+    assert "LinearCrossEntropyBackward" in names
 
 
 # ---------------------------------------------------------------- a user's mistakes
