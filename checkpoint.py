@@ -25,6 +25,7 @@ from torch.utils.serialization import config
 from model import GPT, checkpoints
 
 STATE, CHECKSUMS = "training_state.pt", "checksums.json"
+KEYS = ("step", "optimizer", "rng", "settings", "best_val", "skipped", "losses")
 # Changing one of these makes another run: other tokens in a step, or another model.
 FIXED = ("model", "batch_tokens", "seed", "shuffle", "data")
 
@@ -149,7 +150,8 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+            state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        return {key: state[key] for key in KEYS}
     except Exception as error:  # torch's own text recommends to load it unsafely
         raise ValueError(
             f"{folder / STATE}: not a training state, or one that would run code when loaded;"

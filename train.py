@@ -569,7 +569,9 @@ def train(config: TrainConfig, world: World) -> None:
         if run.loader.error:
             raise run.loader.error
         name = run.signal.name or "another rank"
-        say(f"stopped by {name} after {run.step} steps; go on with the same command and --resume")
+        saved = run.saved_step is not None
+        how = "go on with the same command and --resume" if saved else "there is no checkpoint"
+        say(f"stopped by {name} after {run.step} steps; {how}")
     elif world.rank == 0:
         try:
             plot.plot_run(log_dir)

@@ -393,6 +393,16 @@ def test_a_pickle_bomb_is_never_run(copy: Path, container: str) -> None:
     assert mark.exists()  # it was live
 
 
+def test_a_state_that_lacks_a_part_is_refused(copy: Path) -> None:
+    newest = copy / "log/step_000040"
+    state = newest / "training_state.pt"
+    torch.save({"step": 40}, state)
+    sums = json.loads((newest / "checksums.json").read_text())
+    sums["training_state.pt"] = [state.stat().st_size, zlib.crc32(state.read_bytes())]
+    (newest / "checksums.json").write_text(json.dumps(sums))
+    refused(run(copy, "--resume"), "step_000040/training_state.pt: not a training state")
+
+
 # -- disks ----------------------------------------------------------------------------------------
 
 
