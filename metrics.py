@@ -5,6 +5,7 @@ disk that is full is reported once and never ends a run.
 """
 
 import json
+import math
 import os
 import platform
 import resource
@@ -112,7 +113,12 @@ class Metrics:
         """Appends a line to metrics.jsonl and tells the trackers its numbers."""
         if not self.enabled:
             return
-        line = json.dumps({"kind": kind, "step": step, "time": time.time(), **values}) + "\n"
+        # JSON has no NaN: what is not finite is null there, as what is not known.
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
+        line = json.dumps({"kind": kind, "step": step, "time": time.time(), **finite}) + "\n"
         try:
             with self.path.open("a+b") as file:
                 # A process that was killed, or a full disk, may have left half a line.
@@ -125,8 +131,7 @@ class Metrics:
                 self.say(f"{self.path}: {error}; training goes on without these metrics")
             self.failing = True
         numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-        for tracker in self.trackers:
-            tracker.log(numbers, step=step)
+        self._track("log", numbers, step=step)
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
@@ -164,5 +169,14 @@ class Metrics:
         """Ends the live line and the trackers."""
         if self.live:
             print()
-        for tracker in self.trackers:
-            tracker.finish()
+        self._track("finish")
+
+    def _track(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Calls every tracker; one that fails, of whatever, is left out from then on."""
+        for tracker in list(self.trackers):
+            try:
+                getattr(tracker, method)(*arguments, **options)
+            except Exception as error:  # no tracker is worth a run
+                self.trackers.remove(tracker)
+                name = type(tracker).__name__
+                self.say(f"{name}: {error}; training goes on without this tracker")

@@ -270,10 +270,11 @@ def report(run_dir: Path | str, picture: Path | None = None) -> Path:
     lines += ["| | this run | GPT-2 124M, published | GPT-3 124M, published |\n|---|---|---|---|"]
     losses = run.series("train", "loss")[1][-100:]
     if np.isfinite(losses).any():
-        lines += [f"| training loss, last {len(losses)} steps | {np.nanmean(losses):.4f} |"]
+        lines += [f"| training loss, last {len(losses)} steps | {np.nanmean(losses):.4f} | | |"]
     for row in kept.get("val", [])[-1:]:
         gpt2 = "" if run.config.get("preset") == "quickstart" else GPT2_VAL_LOSS
-        lines += [f"| validation loss, step {row['step']:,} | {row['loss']:.4f} | {gpt2} |"]
+        loss = math.nan if row["loss"] is None else row["loss"]
+        lines += [f"| validation loss, step {row['step']:,} | {loss:.4f} | {gpt2} | |"]
     for row in kept.get("hellaswag", [])[-1:]:
         for name in [name for name in GPT2 if name in row]:
             error = row.get(f"{name}_stderr", math.sqrt(row[name] * (1 - row[name]) / row["n"]))
@@ -283,7 +284,7 @@ def report(run_dir: Path | str, picture: Path | None = None) -> Path:
     for name, what in SPEEDS.items():
         values = run.series("train", name)[1]
         if np.isfinite(values).any():
-            lines += [f"| {what}, median | {np.nanmedian(values):,.3f} |"]
+            lines += [f"| {what}, median | {np.nanmedian(values):,.3f} | | |"]
     seconds = {kind: sum(row.get("seconds", 0.0) for row in rows) for kind, rows in kept.items()}
     _, ms = run.series("train", "ms")
     first = {row["process"]: row["ms"] for row in reversed(kept.get("train", []))}
@@ -293,7 +294,7 @@ def report(run_dir: Path | str, picture: Path | None = None) -> Path:
     seconds["other"] = run.hours * 3600 - sum(seconds.values())
     for what in [what for what in seconds if seconds[what] > 0]:
         share = seconds[what] / run.hours / 3600
-        lines += [f"| time: {what} | {seconds[what]:,.1f} s ({share:.1%}) |"]
+        lines += [f"| time: {what} | {seconds[what]:,.1f} s ({share:.1%}) | | |"]
     lines += ["\n± standard error. Published: build-nanogpt (loss at T=1024); GPT-3's table H.1.\n"]
     settings = run.config | run.config.get("model", {}) | run.run.get("versions", {}) | run.run
     settings["time"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.run["time"]))

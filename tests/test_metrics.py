@@ -39,6 +39,16 @@ def test_only_rank_0_writes_and_speaks(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == ""
 
 
+def test_a_line_is_json_in_any_language_whatever_the_numbers(tmp_path: Path) -> None:
+    Metrics(tmp_path, enabled=True).write("train", 0, loss=float("nan"), grad_norm=float("inf"))
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (line["loss"], line["grad_norm"]) == (None, None)
+
+
 @pytest.mark.parametrize("torn", ['{"kind": "tra', '{"kind": "train"}'])
 def test_a_line_torn_by_a_kill_does_not_spoil_the_next(tmp_path: Path, torn: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(torn)
@@ -124,6 +134,23 @@ def test_wandb_offline_holds_what_was_written(
     items = [item for record in wandb_records(file) for item in record.history.item]
     losses = [i.value_json for i in items if (i.key or "/".join(i.nested_key)) == "train/loss"]
     assert [json.loads(loss) for loss in losses] == [5.0, 4.0, 3.0]
+
+
+def test_a_tracker_that_fails_is_said_once_and_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken:
+        def log(self, numbers: dict[str, float], step: int) -> None:
+            raise RuntimeError("no network")
+
+    log = Metrics(tmp_path, enabled=True)
+    log.trackers = [Broken(), *metrics.trackers(tmp_path, {}, tensorboard=True, wandb=False)]
+    for step in range(3):
+        log.write("train", step, loss=1.0)
+    assert [type(tracker).__name__ for tracker in log.trackers] == ["TensorBoard"]
+    log.close()
+    assert capsys.readouterr().out.count("Broken: no network; training goes on") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_mfu_uses_the_devices_own_peak_or_none() -> None:
