@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from tqdm import tqdm
@@ -34,9 +35,12 @@ from dataset import atomic_file, get_tokenizer
 from model import GPT, View, choose_device, fast_bf16
 
 CONVENTIONS = ("completion", "harness")
-BATCH_TOKENS = 4096  # inputs of one pass, little beside a training step's
-HEAD_ROWS = 128  # rows of logits that exist at once, 26 MB in fp32
+# On a CPU, malloc reuses blocks of up to 32 MB and asks the system for larger ones each time. So
+# the widest tensors are kept at 26 MB: a layer's (tokens, 4 C) at 124M, and the logits, in fp32.
+BATCH_TOKENS = 2048  # inputs of one pass
+HEAD_ROWS = 128  # rows of logits that exist at once
 ROUND_TO = 8  # rows are padded to a multiple of this, so that only some forty lengths occur
+FULL = 0.85  # shorter rows of few examples wait for a batch of their own, of less padding
 
 
 @dataclass(frozen=True)
@@ -219,26 +223,26 @@ def pack(
 
     A training run evaluates the same examples again and again, so the result is kept.
     """
-    buckets: dict[int, list[tuple[int, int]]] = {}
-    rows = {}
-    for e, example in enumerate(examples):
-        for q, question in enumerate(example.questions):
-            row = rows[e, q] = lay_out(question, context_length, example.where)
-            buckets.setdefault(-(-len(row.inputs) // ROUND_TO) * ROUND_TO, []).append((e, q))
-    batches = []
-    for T, keys in sorted(buckets.items()):
-        B = max(1, batch_tokens // T)
-        for first in range(0, len(keys), B):
-            chosen = keys[first : first + B]
-            inputs = np.zeros((len(chosen), T, 3), dtype=np.int64)
-            inputs[:, :, 2] = -1  # padding: a segment that no token of a row looks at
-            scored = []
-            for i, key in enumerate(chosen):
-                inputs[i, : len(rows[key].inputs)] = rows[key].inputs
-                scored += [(i * T + p, token, i * 4 + k) for p, token, k in rows[key].scored]
-            lengths = torch.tensor([examples[e].questions[q].lengths for e, q in chosen])
-            inputs = torch.from_numpy(inputs.transpose(2, 0, 1).copy())
-            batches.append(Batch(chosen, inputs, torch.tensor(scored).T.contiguous(), lengths))
+    rows = {
+        (e, q): lay_out(question, context_length, example.where)
+        for e, example in enumerate(examples)
+        for q, question in enumerate(example.questions)
+    }
+    keys, batches = sorted(rows, key=lambda key: len(rows[key].inputs)), []
+    while keys:
+        longest = len(rows[keys[-1]].inputs)
+        T = -(-longest // ROUND_TO) * ROUND_TO
+        last = keys[-max(1, batch_tokens // T) :]
+        chosen = [key for key in last if len(rows[key].inputs) >= FULL * longest]
+        del keys[-len(chosen) :]
+        inputs, scored = np.zeros((len(chosen), T, 3), dtype=np.int64), []
+        inputs[:, :, 2] = -1  # padding: a segment that no token of a row looks at
+        for i, key in enumerate(chosen):
+            inputs[i, : len(rows[key].inputs)] = rows[key].inputs
+            scored += [(i * T + p, token, i * 4 + k) for p, token, k in rows[key].scored]
+        lengths = torch.tensor([examples[e].questions[q].lengths for e, q in chosen])
+        inputs = torch.from_numpy(inputs.transpose(2, 0, 1).copy())
+        batches.append(Batch(chosen, inputs, torch.tensor(scored).T.contiguous(), lengths))
     return batches
 
 
@@ -250,14 +254,13 @@ def log_likelihoods(model: GPT, batch: Batch, device: torch.device) -> Tensor:
     tokens, positions, segments = batch.inputs.to(device)  # (B, T) each
     query, key = segments[:, :, None], segments[:, None, :]
     mask = ((key == 0) | (key == query)).tril()[:, None]  # (B, 1, T, T)
-    places, targets, endings = batch.scored.to(device)  # (N,) each
-    hidden = model.hidden_states(tokens, View(positions, mask)).flatten(0, 1)[places]  # (N, C)
-    scores = []
-    for rows, target in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
-        logits = model.lm_head(rows).float()  # (rows, V)
-        scores.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(dim=-1))
+    hidden = model.hidden_states(tokens, View(positions, mask)).flatten(0, 1)  # (B * T, C)
     sums = torch.zeros(tokens.size(0) * 4, device=device)
-    return sums.index_add_(0, endings, torch.cat(scores)).view(-1, 4)
+    for places, targets, endings in batch.scored.to(device).split(HEAD_ROWS, dim=1):
+        logits = model.lm_head(hidden[places]).float()  # (rows, V)
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        sums.index_add_(0, endings, losses, alpha=-1)
+    return sums.view(-1, 4)
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def main() -> None:
     def uncached() -> None:
         window = idx
         for _ in range(n):
-            token = model(window)[:, -1:].argmax(-1)
+            token = model.lm_head(model.hidden_states(window)[:, -1:]).argmax(-1)
             window = torch.cat((window, token), dim=1)
 
     def ours(samples: int) -> None:
