@@ -275,7 +275,8 @@ def predict(
 ) -> Tensor:
     """The endings chosen, (n, 2 conventions, 2) int64: by likelihood, and by it over the length.
 
-    Each rank computes every ``world_size``-th batch, and all of them return the whole.
+    Each rank computes every ``world_size``-th batch, and all of them return the whole. ``model`` is
+    the uncompiled module: the shapes here are not those of training.
     """
     batches = pack(tuple(examples), model.config.context_length)[rank::world_size]
     chosen = torch.zeros((len(examples), 2, 2), dtype=torch.int64, device=device)
@@ -292,7 +293,11 @@ def predict(
 
 
 def summarize(examples: Sequence[Example], chosen: Tensor) -> dict[str, float | int]:
-    """Accuracies, standard errors (sqrt(p (1 - p) / (n - 1)), as the harness has them) and n."""
+    """Both conventions' accuracies of the endings ``chosen``, as ``predict`` returns them.
+
+    Keys: acc, acc_norm (completion), harness_acc, harness_acc_norm; each with _stderr, which is
+    sqrt(p (1 - p) / (n - 1)) as in the harness; and n.
+    """
     n = len(examples)
     labels = torch.tensor([example.label for example in examples])
     correct = (chosen.cpu() == labels[:, None, None]).sum(dim=0).tolist()
@@ -303,22 +308,6 @@ def summarize(examples: Sequence[Example], chosen: Tensor) -> dict[str, float | 
             summary[prefix + name] = p
             summary[f"{prefix}{name}_stderr"] = math.sqrt(p * (1 - p) / max(1, n - 1))
     return summary
-
-
-def evaluate(
-    model: GPT,
-    examples: Sequence[Example],
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, float | int]:
-    """Both conventions' accuracies, the same on every rank.
-
-    Keys: acc, acc_norm (completion), harness_acc, harness_acc_norm, each with _stderr; and n.
-    ``model`` is the uncompiled module: the shapes here are not those of training.
-    """
-    return summarize(examples, predict(model, examples, device, rank, world_size, dtype))
 
 
 # ---------------------------------------------------------------- command line

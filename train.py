@@ -494,7 +494,8 @@ class Run:
         if not self.examples:
             return {}
         where = (world.device, world.rank, world.size, self.dtype)
-        return hellaswag.evaluate(self.model, self.examples, *where)
+        chosen = hellaswag.predict(self.model, self.examples, *where)
+        return hellaswag.summarize(self.examples, chosen)
 
     def sample(self) -> dict[str, Any]:
         """A sample, the same one for the same weights."""

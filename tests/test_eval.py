@@ -82,8 +82,8 @@ def rank_main(rank: int, data_dir: Path, examples: Path, results: Path) -> None:
     model, dataset = small_model(128), TokenDataset(data_dir, "val", 16)
     loss = validation_loss(model, dataset, 1600, 8, CPU, rank, 3)
     few = validation_loss(model, dataset, 16, 8, CPU, rank, 3)  # two of the ranks have no window
-    accuracy = hellaswag.evaluate(model, hellaswag.load_examples(examples), CPU, rank, 3)
-    (results / f"{rank}.json").write_text(json.dumps([loss, few, accuracy]))
+    chosen = hellaswag.predict(model, hellaswag.load_examples(examples), CPU, rank, 3)
+    (results / f"{rank}.json").write_text(json.dumps([loss, few, chosen.tolist()]))
 
 
 def test_three_ranks_return_what_one_process_does(data_dir: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_three_ranks_return_what_one_process_does(data_dir: Path, tmp_path: Path
     model, dataset = small_model(128), TokenDataset(data_dir, "val", 16)
     assert ranks[0][0] == pytest.approx(validation_loss(model, dataset, 1600, 8, CPU), abs=1e-6)
     assert ranks[0][1] == pytest.approx(validation_loss(model, dataset, 16, 8, CPU), abs=1e-6)
-    assert ranks[0][2] == hellaswag.evaluate(model, hellaswag.load_examples(path), CPU)
+    assert ranks[0][2] == hellaswag.predict(model, hellaswag.load_examples(path), CPU).tolist()
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *flags: str | Path, stdin: str = "") -> int:

@@ -200,7 +200,7 @@ def test_evaluating_leaves_training_as_it_was(examples: list[Any]) -> None:
     compiled(idx, idx).backward()
     graphs = counters["stats"]["unique_graphs"]
     before = [p.grad.clone() for p in model.parameters()]
-    hellaswag.evaluate(model, examples[:6], CPU)
+    hellaswag.predict(model, examples[:6], CPU)
     compiled(idx, idx).backward()
     assert counters["stats"]["unique_graphs"] == graphs > 0
     assert model.training
