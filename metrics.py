@@ -1,11 +1,10 @@
 """What a run tells: metrics.jsonl, the console, TensorBoard and Weights & Biases.
 
 Kept out of train.py so that the loop there reads as its chores. One process, rank 0, writes; a
-disk that is full is reported once and never ends a run.
+full disk or a tracker that fails is reported once and never ends a run.
 """
 
 import json
-import math
 import os
 import platform
 import resource
@@ -91,13 +90,25 @@ class TensorBoard:
 
 
 def trackers(log_dir: Path, config: dict[str, Any], tensorboard: bool, wandb: bool) -> list[Any]:
-    """Objects with wandb's ``log(numbers, step)`` and ``finish()`` that also get the numbers."""
+    """Objects with wandb's ``log(numbers, step)`` and ``finish()`` that also get the numbers.
+
+    Raises ValueError where wandb cannot start, which is mostly a login that is missing.
+    """
     found: list[Any] = [TensorBoard(log_dir)] if tensorboard else []
     if wandb:
         import wandb as package
 
-        found.append(package.init(project="gpt-xs", dir=log_dir, config=config))
+        try:
+            found.append(package.init(project="gpt-xs", dir=log_dir, config=config))
+        except package.Error as error:
+            remedy = "run `wandb login`, or set WANDB_MODE=offline"
+            raise ValueError(f"--wandb: {first_line(error)}; {remedy}") from error
     return found
+
+
+def first_line(error: Exception) -> str:
+    """An exception in one line: the first of its text, or its class where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class Metrics:
@@ -113,12 +124,10 @@ class Metrics:
         """Appends a line to metrics.jsonl and tells the trackers its numbers."""
         if not self.enabled:
             return
-        # JSON has no NaN: what is not finite is null there, as what is not known.
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in values.items()
-        }
-        line = json.dumps({"kind": kind, "step": step, "time": time.time(), **finite}) + "\n"
+        row = {"kind": kind, "step": step, "time": time.time(), **values}
+        # JSON has no NaN: what is not finite, in the settings too, becomes null.
+        row = json.loads(json.dumps(row), parse_constant=lambda _: None)
+        line = json.dumps(row) + "\n"
         try:
             with self.path.open("a+b") as file:
                 # A process that was killed, or a full disk, may have left half a line.
@@ -172,11 +181,11 @@ class Metrics:
         self._track("finish")
 
     def _track(self, method: str, *arguments: Any, **options: Any) -> None:
-        """Calls every tracker; one that fails, of whatever, is left out from then on."""
+        """Calls every tracker; one that fails is said, and left out from then on."""
         for tracker in list(self.trackers):
             try:
                 getattr(tracker, method)(*arguments, **options)
             except Exception as error:  # no tracker is worth a run
                 self.trackers.remove(tracker)
                 name = type(tracker).__name__
-                self.say(f"{name}: {error}; training goes on without this tracker")
+                self.say(f"{name}: {first_line(error)}; training goes on without this tracker")

@@ -35,7 +35,17 @@ GPT2_VAL_LOSS = 3.2924  # on the validation shard of FineWeb-Edu, T=1024
 GPT2 = {"acc": 0.2859, "acc_norm": 0.2955, "harness_acc": 0.2892, "harness_acc_norm": 0.3114}
 GPT3 = {"acc_norm": 0.337}
 CHANCE = 0.25
-SPEEDS = {"tokens_per_s": "tokens/s", "ms": "ms a step", "mfu": "MFU", "memory_gb": "memory, GB"}
+# What report.md says of each: its name there, the value it takes of all steps, and its format.
+SPEEDS = {
+    "tokens_per_s": ("tokens/s, median", np.nanmedian, "{:,.0f}"),
+    "ms": ("ms a step, median", np.nanmedian, "{:,.1f}"),
+    "mfu": ("MFU, median", np.nanmedian, "{:.1%}"),
+    "memory_gb": ("peak memory, GB", np.nanmax, "{:.2f}"),
+}
+FIRST_STEPS = "first steps beyond the median (compile)"
+CHORES = {"train": "training", "val": "validation", "hellaswag": "HellaSwag"}
+CHORES |= {"sample": "samples", "checkpoint": "checkpoints"}
+STAMPS = ("step", "time")  # of the log's line, not settings
 # 7.2 inches is the text width of a two-column paper; 600 pixels wide, its 8 pt type is 9 pixels.
 FIGURE_INCHES, DPI = (7.2, 5.6), 200
 STYLE = {"font.size": 8, "legend.fontsize": 7, "legend.frameon": False, "axes.linewidth": 0.6}
@@ -205,6 +215,7 @@ def draw(figure: Figure, runs: list[Metrics], x: XAxis, smooth: int | None) -> N
     for ax in (hella, rate, norm, speed, mfu):
         if not any(np.isfinite(line.get_ydata()).any() for line in ax.lines):
             ax.set_ylabel(f"{ax.get_ylabel()}: not logged")
+            ax.tick_params(right=False, labelright=False)  # a second axis without a line
     batches = {run.config.get("batch_tokens") for run in runs}
     if x == "steps" and len(batches) == 1 and None not in batches:
         tokens = batches.pop()
@@ -260,51 +271,89 @@ def write(path: Path, content: bytes) -> None:
     os.close(folder)
 
 
-def report(run_dir: Path | str, picture: Path | None = None) -> Path:
-    """Write report.md beside a run's log; it shows `picture`, by default plot.png beside it."""
-    run = read_metrics(run_dir)
-    folder = run.path.parent
-    kept = {kind: list(by_step.values()) for kind, by_step in run.rows.items()}
-    shown = os.path.relpath(picture or folder / "plot.png", folder)
-    lines = [f"# Run report: {run.name}\n\n![curves]({shown})\n"]
-    lines += ["| | this run | GPT-2 124M, published | GPT-3 124M, published |\n|---|---|---|---|"]
-    losses = run.series("train", "loss")[1][-100:]
-    if np.isfinite(losses).any():
-        lines += [f"| training loss, last {len(losses)} steps | {np.nanmean(losses):.4f} | | |"]
-    for row in kept.get("val", [])[-1:]:
+def table(rows: list[tuple[Any, ...]]) -> str:
+    """A Markdown table headed by its first row; shorter rows end in empty cells."""
+    lines = []
+    for row in rows:
+        cells = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
+        lines.append(f"| {' | '.join(cells + [''] * (len(rows[0]) - len(cells)))} |")
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def results(run: Metrics) -> list[tuple[Any, ...]]:
+    """Rows of the report: how far the run came, its last losses and accuracies."""
+    rows: list[tuple[Any, ...]] = []
+    _, losses = run.series("train", "loss")
+    if len(losses):
+        done, wanted = max(run.rows["train"]) + 1, run.config["max_steps"]
+        rows.append(("steps", f"{done:,} of {wanted:,}"))
+        rows.append(("training tokens", f"{done * run.config['batch_tokens']:,}"))
+    if np.isfinite(losses[-100:]).any():
+        recent = losses[-100:]
+        rows.append((f"training loss, last {len(recent)} steps", f"{np.nanmean(recent):.4f}"))
+    steps, losses = run.series("val", "loss")
+    if len(losses):
         gpt2 = "" if run.config.get("preset") == "quickstart" else GPT2_VAL_LOSS
-        loss = math.nan if row["loss"] is None else row["loss"]
-        lines += [f"| validation loss, step {row['step']:,} | {loss:.4f} | {gpt2} | |"]
-    for row in kept.get("hellaswag", [])[-1:]:
+        rows.append((f"validation loss, step {steps[-1]:,.0f}", f"{losses[-1]:.4f}", gpt2))
+    if run.rows.get("hellaswag"):
+        step, row = max(run.rows["hellaswag"].items())
         for name in [name for name in GPT2 if name in row]:
             error = row.get(f"{name}_stderr", math.sqrt(row[name] * (1 - row[name]) / row["n"]))
-            what = f"HellaSwag {name}, step {row['step']:,}, {row['n']:,} examples"
-            value = f"{row[name]:.4f} ± {error:.4f}"
-            lines += [f"| {what} | {value} | {GPT2[name]} | {GPT3.get(name, '')} |"]
-    for name, what in SPEEDS.items():
+            what = f"HellaSwag {name}, step {step:,}, {row['n']:,} examples"
+            rows.append((what, f"{row[name]:.4f} ± {error:.4f}", GPT2[name], GPT3.get(name, "")))
+    return rows
+
+
+def speeds(run: Metrics) -> list[tuple[Any, ...]]:
+    """Rows of the report: speed, memory, and where the time of all processes went."""
+    rows: list[tuple[Any, ...]] = []
+    for name, (what, pick, form) in SPEEDS.items():
         values = run.series("train", name)[1]
         if np.isfinite(values).any():
-            lines += [f"| {what}, median | {np.nanmedian(values):,.3f} | | |"]
-    seconds = {kind: sum(row.get("seconds", 0.0) for row in rows) for kind, rows in kept.items()}
+            rows.append((what, form.format(pick(values))))
+    kinds = {kind: list(by_step.values()) for kind, by_step in run.rows.items()}
+    seconds = {kind: sum(row.get("seconds", 0.0) for row in rs) for kind, rs in kinds.items()}
     _, ms = run.series("train", "ms")
-    first = {row["process"]: row["ms"] for row in reversed(kept.get("train", []))}
     if len(ms):
-        seconds["compile"] = (sum(first.values()) - len(first) * np.median(ms)) / 1000
-        seconds["train"] = sum(ms) / 1000 - seconds["compile"]
-    seconds["other"] = run.hours * 3600 - sum(seconds.values())
-    for what in [what for what in seconds if seconds[what] > 0]:
-        share = seconds[what] / run.hours / 3600
-        lines += [f"| time: {what} | {seconds[what]:,.1f} s ({share:.1%}) | | |"]
-    lines += ["\n± standard error. Published: build-nanogpt (loss at T=1024); GPT-3's table H.1.\n"]
+        first = {row["process"]: row["ms"] for row in reversed(kinds["train"])}
+        extra = (sum(first.values()) - len(first) * np.median(ms)) / 1000
+        seconds[FIRST_STEPS] = max(0.0, extra)
+        seconds["train"] = sum(ms) / 1000 - seconds[FIRST_STEPS]
+    total = run.hours * 3600
+    seconds["other"] = total - sum(seconds.values())
+    rows.append(("time, all", f"{total:,.1f} s"))
+    for kind, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        if value >= 0.05:
+            rows.append(
+                (f"time, {CHORES.get(kind, kind)}", f"{value:,.1f} s ({value / total:.1%})")
+            )
+    return rows
+
+
+def report(run_dir: Path | str, picture: Path | None = None) -> Path:
+    """Write report.md beside a run's log; it shows `picture`, by default plot.png beside it.
+
+    Raises ValueError where the log does not say what run it is of, as a log.txt never does.
+    """
+    run = read_metrics(run_dir)
+    if not run.run:
+        raise ValueError(f"{run.path}: no line of kind run in it, so there is no report")
+    folder = run.path.parent
+    shown = os.path.relpath(picture or folder / "plot.png", folder)
+    head = ("", "this run", "GPT-2 124M, published", "GPT-3 124M, published")
     settings = run.config | run.config.get("model", {}) | run.run.get("versions", {}) | run.run
-    settings["time"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.run["time"]))
-    lines += ["| setting | value |\n|---|---|"]
-    lines += [f"| {k} | {v} |" for k, v in settings.items() if not isinstance(v, dict)]
-    lines += [f"\nNote: {note}." for note in run.notes]
-    for row in {row["prompt"]: row for row in kept.get("sample", [])}.values():
-        text = row["text"].replace("\n", "\n    ")
-        lines += [f"\nSample of step {row['step']:,}:\n\n    {text}"]
-    write(folder / "report.md", ("\n".join(lines) + "\n").encode())
+    settings["started"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.run["time"]))
+    told = {k: v for k, v in settings.items() if not isinstance(v, dict) and k not in STAMPS}
+    parts = [f"# Run report: {run.name}", f"![curves]({shown})"]
+    parts += [table([head, *results(run)])]
+    parts += ["± standard error. Published: build-nanogpt (loss at T=1024); GPT-3's table H.1."]
+    parts += [table([("speed and time", "this run"), *speeds(run)])]
+    parts += [table([("setting", "value"), *told.items()])]
+    parts += [f"Note: {note}." for note in run.notes]
+    samples = sorted(run.rows.get("sample", {}).items())
+    for step, row in {row["prompt"]: (step, row) for step, row in samples}.values():
+        parts += [f"Sample of step {step:,}:", "    " + row["text"].replace("\n", "\n    ")]
+    write(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
     return folder / "report.md"
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import struct
 import sys
 from collections.abc import Iterator
@@ -9,10 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import metrics
+import plot
 from metrics import Metrics
 
 
@@ -39,14 +42,23 @@ def test_only_rank_0_writes_and_speaks(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == ""
 
 
-def test_a_line_is_json_in_any_language_whatever_the_numbers(tmp_path: Path) -> None:
-    Metrics(tmp_path, enabled=True).write("train", 0, loss=float("nan"), grad_norm=float("inf"))
+def test_a_line_is_json_in_any_language_and_the_console_shows_what_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = Metrics(tmp_path, enabled=True)
+    log.write("run", 0, config={"grad_clip": math.inf, "model": {"d_model": 64}})
+    numbers = dict.fromkeys(("z", "lr", "tokens_per_s", "memory_gb"), 0.5)
+    log.train_step(0, 4, loss=math.nan, grad_norm=-math.inf, mfu=None, ms=1e3, **numbers)
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
-    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
-    assert (line["loss"], line["grad_norm"]) == (None, None)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    run, train = (json.loads(line, parse_constant=refuse) for line in text.splitlines())
+    assert run["config"] == {"grad_clip": None, "model": {"d_model": 64}}
+    assert (train["loss"], train["grad_norm"], train["lr"]) == (None, None, 0.5)
+    assert "loss     nan" in capsys.readouterr().out
+    assert np.isnan(plot.read_metrics(tmp_path).series("train", "loss")[1]).tolist() == [True]
 
 
 @pytest.mark.parametrize("torn", ['{"kind": "tra', '{"kind": "train"}'])
@@ -141,7 +153,7 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(
 ) -> None:
     class Broken:
         def log(self, numbers: dict[str, float], step: int) -> None:
-            raise RuntimeError("no network")
+            raise RuntimeError("no network\nand a second line")
 
     log = Metrics(tmp_path, enabled=True)
     log.trackers = [Broken(), *metrics.trackers(tmp_path, {}, tensorboard=True, wandb=False)]
@@ -151,6 +163,34 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(
     log.close()
     assert capsys.readouterr().out.count("Broken: no network; training goes on") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_tracker_that_cannot_finish_keeps_no_other_from_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken:
+        def finish(self) -> None:
+            raise RuntimeError("no network")
+
+    finished: list[str] = []
+    log = Metrics(tmp_path, enabled=True)
+    log.trackers = [Broken(), SimpleNamespace(finish=lambda: finished.append("the other"))]
+    log.close()
+    assert finished == ["the other"]
+    assert capsys.readouterr().out.startswith("Broken: no network; training goes on")
+
+
+def test_a_wandb_that_cannot_start_is_one_line_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def no_login(**_: Any) -> None:
+        raise wandb.Error("No API key configured.\nSecond line")
+
+    monkeypatch.setattr(wandb, "init", no_login)
+    with pytest.raises(ValueError, match=r"^--wandb: No API key configured\.; run `wandb login`"):
+        metrics.trackers(tmp_path, {}, tensorboard=False, wandb=True)
 
 
 def test_mfu_uses_the_devices_own_peak_or_none() -> None:

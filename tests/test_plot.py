@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,15 +281,20 @@ def test_every_number_of_the_report_is_from_the_run(log: Callable[..., Path]) ->
     error = math.sqrt(0.33 * 0.67 / 400)
     for part in (
         "![curves](plot.png)",
-        f"| training loss, last 100 steps | {recent:.4f} |",
-        f"| validation loss, step 200 | {3.0 + 7.9 * 201**-0.4:.4f} | 3.2924 |",
+        f"| training loss, last 100 steps | {recent:.4f} |  |  |",
+        f"| validation loss, step 200 | {3.0 + 7.9 * 201**-0.4:.4f} | 3.2924 |  |",
         f"| HellaSwag acc_norm, step 200, 400 examples | 0.3300 ± {error:.4f} | 0.2955 | 0.337 |",
-        "| tokens/s, median | 10,240.000 |",
-        "| MFU, median | 0.400 |",
-        "| time: train | 20.0 s (25.0%) |",
-        "| time: compile | 29.9 s (37.4%) |",
-        "| time: val | 10.0 s",
-        "| time: hellaswag | 20.0 s",
+        "| steps | 200 of 200 |  |  |",
+        f"| training tokens | {200 * BATCH:,} |  |  |",
+        "| tokens/s, median | 10,240 |",
+        "| ms a step, median | 100.0 |",
+        "| peak memory, GB | 3.00 |",
+        "| MFU, median | 40.0% |",
+        "| time, all | 79.9 s |",
+        "| time, training | 20.0 s (25.0%) |",
+        "| time, first steps beyond the median (compile) | 29.9 s (37.4%) |",
+        "| time, validation | 10.0 s",
+        "| time, HellaSwag | 20.0 s",
         "| d_model | 768 |",
         "| torch | 2.13.0 |",
         "| device | NVIDIA H100 |",
@@ -306,12 +312,42 @@ def test_the_report_takes_the_logged_standard_error(log: Callable[..., Path]) ->
         train(0, 9.0, 1003),
     ]
     report = plot.report(log(rows)).read_text()
-    assert "| 0.3100 ± 0.0123 | 0.2955 |" in report
+    assert "| 0.3100 ± 0.0123 | 0.2955 | 0.337 |" in report
 
 
 def test_a_quickstart_is_not_compared_on_another_text(log: Callable[..., Path]) -> None:
     report = plot.report(log(a_run(preset="quickstart"))).read_text()
     assert "3.2924" not in report
+
+
+def test_the_reports_tables_have_all_their_columns_whatever_the_cells_hold(
+    log: Callable[..., Path],
+) -> None:
+    rows = a_run()
+    rows[0]["config"] |= {"sample_prompt": "one | two\nthree"}
+    text = plot.report(log(rows)).read_text()
+    assert "| sample_prompt | one \\| two three |" in text
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 3
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+
+
+def test_a_last_validation_loss_that_is_not_finite_is_reported_as_such(
+    log: Callable[..., Path],
+) -> None:
+    rows = [start(), train(0, 9.0, 1001), {"kind": "val", "step": 1, "time": 1002.0, "loss": None}]
+    assert "| validation loss, step 1 | nan |" in plot.report(log(rows)).read_text()
+
+
+def test_a_log_that_has_lost_its_first_line_is_drawn_and_has_no_report(
+    log: Callable[..., Path], command: Callable[..., None]
+) -> None:
+    folder = log([train(0, 9.0, 1001), val(1, 8.0, 1002)])
+    command(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "plot.png"]
+    with pytest.raises(ValueError, match="no line of kind run"):
+        plot.plot_run(folder)
 
 
 def test_the_report_says_what_was_unusual(log: Callable[..., Path]) -> None:
@@ -379,7 +415,7 @@ def test_watching_draws_again_until_it_is_interrupted(
     monkeypatch.setattr(plot.time, "sleep", train_on)
     command(folder, "--watch")
     assert pictures == [1, 2]
-    assert "| validation loss, step 1 | 8.0000 |" in (folder / "report.md").read_text()
+    assert "| validation loss, step 1 | 8.0000 | 3.2924 |  |" in (folder / "report.md").read_text()
 
 
 def test_showing_without_a_window_system_says_so_after_the_picture_is_written(
