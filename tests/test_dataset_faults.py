@@ -72,8 +72,13 @@ def kill_at_random_moments(times: int, folder: Path) -> None:
     moments = random.Random(os.getpid())
     out, kills = folder / "killed", 0
     for _ in range(times):
+        done = len(list(out.glob("*.npy")))
+        wanted = moments.randrange(done, len(whole) - 1)
         run = start(out)
-        time.sleep(moments.uniform(0, duration))
+        if wanted == done:  # before its first shard, or anywhere if it is quick
+            time.sleep(moments.uniform(0, duration))
+        while run.poll() is None and len(list(out.glob("*.npy"))) < wanted:
+            time.sleep(0.001)
         os.killpg(run.pid, signal.SIGKILL)
         kills += run.wait() != 0
         if out.exists():  # nothing that was there may be wrong, at any moment
@@ -103,7 +108,7 @@ def test_killed_at_50_moments_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
 def test_an_interrupt_leaves_whole_shards_and_one_line(tmp_path: Path) -> None:
     source = write_parquet_files(tmp_path / "source", 8, 400)
     command = [sys.executable, SCRIPT, "--source", source, "--data-dir", tmp_path / "out"]
-    command += ["--shard-size", "20000"]
+    command += ["--shard-size", "2000"]  # hundreds of shards to be interrupted in
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert run.stderr is not None
     first = run.stderr.readline()  # the line of the first shard
