@@ -12,8 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-# A shorter run of the same commands: the quickstart takes minutes.
-SHORTER = " --max-steps 12 --warmup-steps 2 --val-every 6 --val-tokens 1024 --sample-every 12"
+# A shorter run of a smaller model by the same commands: the quickstart takes minutes.
+SHORTER = (
+    " --max-steps 4 --warmup-steps 2 --val-every 2 --val-tokens 1024 --sample-every 4"
+    " --batch-tokens 256 --micro-batch 2 --model.d-model 16 --model.n-layers 1"
+)
 
 
 def test_the_two_commands_come_first() -> None:
@@ -36,8 +39,9 @@ def test_every_command_block_runs(tmp_path: Path) -> None:
     for kind, block in BLOCKS:
         if "python -m pytest" in block:
             continue  # this is it
-        script = re.sub(r"pip install \S+( \S+)*? && ", "", block)
+        script = re.sub(r"pip install [^&]* && ", "", block)
         script = re.sub(r"(train\.py --preset quickstart.*)", rf"\1{SHORTER}", script)
+        script = re.sub(r"(eval\.py --loss.*)", r"\1 --val-tokens 2048", script)
         command = ["bash", "-ec", script] if kind == "bash" else [sys.executable, "-c", script]
         done = subprocess.run(
             command,
@@ -49,6 +53,22 @@ def test_every_command_block_runs(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_every_message_it_explains_is_one_of_the_scripts() -> None:
+    sources = "".join(script.read_text() for script in ROOT.glob("*.py"))
+    section = README.split("## Troubleshooting, by message")[1].split("\n## ")[0]
+    messages = [
+        text
+        for row in section.splitlines()[4:]
+        for text in re.findall("`(.*?)`", row.split("|")[1])
+    ]
+    assert len(messages) > 10
+    for message in messages:
+        # What a script fills in is a number, a name in front or three dots here.
+        fixed = max(re.split(r"\.\.\.|\d+|[(:]", message), key=len).strip()
+        assert len(fixed) > 8, message
+        assert fixed in sources, message
 
 
 @pytest.mark.parametrize("script", ["dataset.py", "train.py", "eval.py", "hellaswag.py", "plot.py"])
