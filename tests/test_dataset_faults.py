@@ -1,5 +1,6 @@
 """dataset.py against what goes wrong: kills, full disks, and a hub that breaks off and refuses."""
 
+import contextlib
 import json
 import os
 import random
@@ -79,7 +80,8 @@ def kill_at_random_moments(times: int, folder: Path) -> None:
             time.sleep(moments.uniform(0, duration))
         while run.poll() is None and len(list(out.glob("*.npy"))) < wanted:
             time.sleep(0.001)
-        os.killpg(run.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it was done before
+            os.killpg(run.pid, signal.SIGKILL)
         kills += run.wait() != 0
         if out.exists():  # nothing that was there may be wrong, at any moment
             found = contents(out)
