@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -59,7 +59,9 @@ DOTS = {"markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.8, "
 
 @dataclass(frozen=True)
 class PlotOptions:
-    runs: tyro.conf.Positional[tuple[str, ...]] = ("log",)
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN ...]")] = (
+        "log",
+    )
     """Log folders, metrics.jsonl or log.txt files, each optionally as NAME=RUN."""
     out: Path | None = None
     """The picture. Default: plot.png (several runs: overlay.png) in the first run's folder."""

@@ -135,6 +135,8 @@ def wandb_records(file: Path) -> Iterator[Any]:
 def test_wandb_offline_holds_what_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     log = Metrics(tmp_path, enabled=True)
@@ -142,6 +144,7 @@ def test_wandb_offline_holds_what_was_written(
     for step in range(3):
         log.write("train", step, loss=5.0 - step)
     log.close()
+    wandb.teardown()  # its service may still be writing when finish() has returned
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     items = [item for record in wandb_records(file) for item in record.history.item]
     losses = [i.value_json for i in items if (i.key or "/".join(i.nested_key)) == "train/loss"]
