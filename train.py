@@ -39,6 +39,7 @@ from data_loader import DataLoader, Share, TokenDataset
 from eval import validation_loss
 from model import GPT, GPTConfig, attention_backends, checkpoints, choose_device, fast_bf16
 
+Preset = Literal["gpt-xs", "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 Result = TypeVar("Result")
 # A step whose numbers may still be on their way: step, learning rate, numbers, their arrival.
 Pending = tuple[int, float, Tensor, torch.cuda.Event | None]
@@ -54,7 +55,7 @@ CPU_COMPILE_STEPS = 200  # a run on a CPU repays the minute of compiling from he
 class TrainConfig:
     """Settings of a run. --preset sets them all; any other flag overrides the preset."""
 
-    preset: str = "gpt-xs"
+    preset: Preset = "gpt-xs"
     """gpt-xs: GPT-2 124M on 10B tokens. quickstart: a small model on the embedded corpus.
     gpt2, gpt2-medium, gpt2-large, gpt2-xl: OpenAI's four sizes with their context of 1024."""
     data_dir: Path = Path("edu_fineweb10B")
