@@ -51,7 +51,7 @@ def make(options: Options) -> tuple[GPT, torch.optim.AdamW, dict[str, Any]]:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    state = {"step": 1, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+    state = dict.fromkeys(checkpoint.KEYS) | {"optimizer": optimizer.state_dict()}
     return model, optimizer, state
 
 
