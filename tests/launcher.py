@@ -250,7 +250,6 @@ def child(question: dict[str, Any], main: Callable[[], None]) -> None:
     code = 1
     try:
         os.setpgid(0, 0)  # so that Ctrl-C in the tests' terminal is not for it
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         os.chdir(question["folder"])
         for number, name in ((1, "out"), (2, "err")):
             flags = os.O_WRONLY | os.O_CREAT

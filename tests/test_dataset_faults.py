@@ -110,7 +110,7 @@ def test_killed_at_50_moments_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
 def test_an_interrupt_leaves_whole_shards_and_one_line(tmp_path: Path) -> None:
     source = write_parquet_files(tmp_path / "source", 8, 400)
     command = [sys.executable, SCRIPT, "--source", source, "--data-dir", tmp_path / "out"]
-    command += ["--shard-size", "2000"]  # hundreds of shards to be interrupted in
+    command += ["--shard-size", "2000"]  # hundreds of shards, in the midst of which it comes
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert run.stderr is not None
     first = run.stderr.readline()  # the line of the first shard
