@@ -74,7 +74,7 @@ def kill_at_random_moments(times: int, folder: Path) -> None:
     out, kills = folder / "killed", 0
     for _ in range(times):
         done = len(list(out.glob("*.npy")))
-        wanted = moments.randrange(done, len(whole) - 1)
+        wanted = moments.randrange(done, len(whole))  # of one shard less, and the index
         run = start(out)
         if wanted == done:  # before its first shard, or anywhere if it is quick
             time.sleep(moments.uniform(0, duration))
