@@ -165,8 +165,8 @@ def wait_for_step(training: Training, log: Path, begun: int, step: int) -> None:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Polls for a minute."""
-    end = time.monotonic() + 60
+    """Polls for two minutes, by far more than anything here takes."""
+    end = time.monotonic() + 2 * TIMEOUT
     while time.monotonic() < end:
         if condition():
             return

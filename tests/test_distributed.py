@@ -96,7 +96,7 @@ def start_agents(folder: Path, *flags: str) -> list[subprocess.Popen[bytes]]:
 
 def test_two_machines_train_and_the_death_of_one_ends_both_with_a_message(folder: Path) -> None:
     agents = start_agents(folder, "--max-steps", "10", "--val-every", "0", "--sample-every", "0")
-    assert [agent.wait(timeout=60) for agent in agents] == [0, 0]
+    assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
     assert list(metrics(folder / "log", "train")) == [("train", step) for step in range(10)]
 
     agents = start_agents(folder, "--max-steps", "100000", "--log-dir", "endless")
