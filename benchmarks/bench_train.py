@@ -3,7 +3,8 @@
 One process, one device, random tokens and no network. The variants take turns, and each reports
 the median of its rounds. "ours" is train.py's own step: loader, compiled model, chunked loss,
 clipping, AdamW and logging. Memory is a variant's own peak: weights, gradients, AdamW's moments and
-activations. The ceiling is a large matrix product in the same precision.
+activations; on a CPU it is rough, as a row may reuse what an earlier one has freed. The ceiling is
+a large matrix product in the same precision.
 
     python benchmarks/bench_train.py                                  every table that suits
     python benchmarks/bench_train.py --device cpu --tables variants   one of them
