@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset import atomic_file, get_tokenizer
-from model import GPT, View, choose_device, fast_bf16
+from model import GPT, choose_device, fast_bf16
 
 CONVENTIONS = ("completion", "harness")
 # On a CPU, malloc reuses blocks of up to 32 MB and asks the system for larger ones each time. So
@@ -254,7 +254,7 @@ def log_likelihoods(model: GPT, batch: Batch, device: torch.device) -> Tensor:
     tokens, positions, segments = batch.inputs.to(device)  # (B, T) each
     query, key = segments[:, :, None], segments[:, None, :]
     mask = ((key == 0) | (key == query)).tril()[:, None]  # (B, 1, T, T)
-    hidden = model.hidden_states(tokens, View(positions, mask)).flatten(0, 1)  # (B * T, C)
+    hidden = model.hidden_states(tokens, positions, mask).flatten(0, 1)  # (B * T, C)
     sums = torch.zeros(tokens.size(0) * 4, device=device)
     for places, targets, endings in batch.scored.to(device).split(HEAD_ROWS, dim=1):
         logits = model.lm_head(hidden[places]).float()  # (rows, V)

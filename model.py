@@ -110,76 +110,41 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * scale, grad_weight * scale, None, None, None
 
 
-class Linear(nn.Linear):
-    """nn.Linear, but quick for a few rows on a CPU too, such as a token of each of 8 samples.
-
-    MKL takes about twice as long for ``x @ W.T`` as for the same product as ``W @ x.T`` then.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.size(-1)
-        few = 2 < rows <= 16 and x.dtype == torch.float32 and not torch.is_grad_enabled()
-        if not few or x.device.type != "cpu" or not torch.backends.mkl.is_available():
-            return super().forward(x)
-        y = (self.weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
-
-
-@dataclass
-class View:
-    """Where the tokens of a pass stand and what they look at; without one, causal from place 0."""
-
-    positions: Tensor  # (T,) or (B, T)
-    mask: Tensor  # true where a query sees a key; broadcasts to (B, H, T, keys)
-    cache: Tensor | None = None  # (n_layers, 2, B, H, context_length, D): keys and values so far
-
-    def remember(self, layer: int, new: Tensor) -> Tensor:
-        """Caches new keys and values (2, B, H, T, D); returns all that the mask covers."""
-        if self.cache is None:
-            return new
-        kept = self.cache[layer].index_copy_(3, self.positions, new.to(self.cache.dtype))
-        return kept[:, :, :, : self.mask.size(-1)]
-
-
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_heads, self.layer = config.n_heads, layer
-        self.c_attn = Linear(config.d_model, 3 * config.d_model)
-        self.c_proj = Linear(config.d_model, config.d_model)
+        self.n_heads = config.n_heads
+        self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
+        self.c_proj = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x: Tensor, view: View | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_heads, C // self.n_heads)
-        q, k, v = qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        if view is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            k, v = view.remember(self.layer, qkv[1:])
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=view.mask)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = Linear(config.d_model, 4 * config.d_model)
-        self.c_proj = Linear(4 * config.d_model, config.d_model)
+        self.c_fc = nn.Linear(config.d_model, 4 * config.d_model)
+        self.c_proj = nn.Linear(4 * config.d_model, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.d_model)
-        self.attn = CausalSelfAttention(config, layer)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.d_model)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, view: View | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), view)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -196,11 +161,11 @@ class GPT(nn.Module):
             {
                 "wte": nn.Embedding(config.vocab_size, config.d_model),
                 "wpe": nn.Embedding(config.context_length, config.d_model),
-                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layers)),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
                 "ln_f": nn.LayerNorm(config.d_model),
             }
         )
-        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight
         self._initialise()
 
@@ -215,15 +180,22 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)  # LayerNorm's weights are 1 already
 
-    def hidden_states(self, idx: Tensor, view: View | None = None) -> Tensor:
-        """The last layer's normalised states (B, T, C) of tokens (B, T)."""
+    def hidden_states(
+        self, idx: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The last layer's normalised states (B, T, C) of tokens (B, T).
+
+        ``positions`` (B, T) and a boolean ``mask`` (B, 1, T, T), true where a query sees a key, are
+        for other layouts than a text from its beginning, which is causal.
+        """
         T, limit = idx.size(1), self.config.context_length
-        if view is None and limit < T:
-            raise ValueError(f"{T} tokens do not fit the context of {limit}; shorten the input")
-        positions = torch.arange(T, device=idx.device) if view is None else view.positions
+        if positions is None:
+            if limit < T:
+                raise ValueError(f"{T} tokens do not fit the context of {limit}; shorten the input")
+            positions = torch.arange(T, device=idx.device)
         x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)  # (B, T, C)
         for block in self.transformer["h"]:
-            x = block(x, view)
+            x = block(x, mask)
         return self.transformer["ln_f"](x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -272,39 +244,40 @@ class GPT(nn.Module):
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
 
-    def decode(self, idx: Tensor, positions: Tensor, cache: Tensor, extent: int) -> Tensor:
-        """fp32 logits (B, 50257) after tokens (B, T) that see ``extent`` places of the cache."""
-        mask = positions[:, None] >= torch.arange(extent, device=idx.device)  # (T, extent)
-        hidden = self.hidden_states(idx, View(positions, mask, cache))[:, -1]  # (B, C)
-        return self.lm_head(hidden).float()[:, :N_TOKENS]
-
     def stream(
-        self, idx: Tensor, max_new_tokens: int, num_samples: int = 1, seed: int = 0, **how: Any
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        num_samples: int = 1,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        **how: Any,
     ) -> Iterator[Tensor]:
         """Yields the next tokens (B * num_samples,) of prompts (B, T), ``max_new_tokens`` times.
 
         When the context is full, its newest half becomes the prompt of an empty cache: positions
         are absolute, so nothing of the old one can be kept. Sample i has a random generator of its
-        own, of ``seed + i``. ``choose`` has the other options.
+        own, of ``seed + i``. Computes in ``dtype``, by default the weights'. ``choose`` has the
+        other options.
         """
-        c, device, B = self.config, idx.device, len(idx)
-        generators = [torch.Generator(device).manual_seed(seed + i) for i in range(B * num_samples)]
-        shape = (c.n_layers, 2, B, c.n_heads, c.context_length, c.d_model // c.n_heads)
-        cache, replay = self.lm_head.weight.new_zeros(shape), None
-        window, end = idx[:, -c.context_length :], 0
+        c, device, rows = self.config, idx.device, len(idx) * num_samples
+        generators = [torch.Generator(device).manual_seed(seed + i) for i in range(rows)]
+        context, window, end = c.context_length, idx[:, -c.context_length :], 0
+        with torch.inference_mode():
+            decoder = Decoder(self, rows, dtype or self.lm_head.weight.dtype)
+            places = min(context, window.size(1) + max_new_tokens)
+            cache, replay = decoder.new_cache(len(idx), places), None
         for step in range(max_new_tokens):
-            with torch.inference_mode():
-                if end == c.context_length:
-                    window, end = window[:, -(c.context_length // 2 or 1) :], 0
+            with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+                if end == context:
+                    window, end = window[:, -(context // 2 or 1) :], 0
                 start, end = end, window.size(1)
                 new = window[:, start:], torch.arange(start, end, device=device)
-                # A graph would record autocast's conversions; step 1 warms up what it records.
-                if device.type == "cuda" and start and step > 1 and not torch.is_autocast_enabled():
-                    step_all = partial(self.decode, cache=cache, extent=c.context_length)
-                    replay = replay or record(step_all, *new)
+                if device.type == "cuda" and start and step > 1:  # step 1 has warmed it up
+                    replay = replay or record(partial(decoder, cache), *new)
                     logits = replay(*new)
                 else:
-                    logits = self.decode(*new, cache, end)
+                    logits = decoder(cache, *new, end)
                 if step == 0 and num_samples > 1:  # the samples of a prompt share its computation
                     window, logits = (x.repeat_interleave(num_samples, 0) for x in (window, logits))
                     cache = cache.repeat_interleave(num_samples, 2)
@@ -411,6 +384,77 @@ class GPT(nn.Module):
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         # safetensors makes its file private to the user; give it the modes of its neighbours
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
+
+
+class Decoder:
+    """A model's weights for the logits of one more token, and another.
+
+    It computes what ``GPT`` does, over flat lists: a CPU reads all weights of GPT-2 124M in 30 ms,
+    and looking them up among nn.Module's attributes, with cold caches, would add 5.
+    """
+
+    def __init__(self, model: GPT, rows: int, dtype: torch.dtype) -> None:
+        """In ``dtype``, and the fastest for ``rows`` tokens at once."""
+
+        def norm(layer: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+            weights = {k: p.to(dtype) for k, p in layer.named_parameters()}
+            return partial(F.layer_norm, normalized_shape=layer.normalized_shape, **weights)
+
+        linear = partial(projection, rows=rows, dtype=dtype)
+        self.config, layers = model.config, model.transformer
+        self.wte, self.wpe = (layers[name].weight.to(dtype) for name in ("wte", "wpe"))
+        self.blocks = [
+            (
+                *(norm(block.ln_1), linear(block.attn.c_attn), linear(block.attn.c_proj)),
+                *(norm(block.ln_2), linear(block.mlp.c_fc), linear(block.mlp.c_proj)),
+            )
+            for block in layers["h"]
+        ]
+        self.ln_f, self.lm_head = norm(layers["ln_f"]), linear(model.lm_head)
+
+    def new_cache(self, rows: int, places: int) -> Tensor:
+        """An empty cache of keys and values: (n_layers, 2, rows, H, places, D)."""
+        c = self.config
+        shape = (c.n_layers, 2, rows, c.n_heads, places, c.d_model // c.n_heads)
+        return self.wte.new_zeros(shape)
+
+    def __call__(
+        self, cache: Tensor, idx: Tensor, positions: Tensor, end: int | None = None
+    ) -> Tensor:
+        """fp32 logits (B, 50257) after tokens (B, T), which go to ``positions`` (T,) of the cache.
+
+        They are one token, or T from place 0 on. ``end`` is the place behind them; without it all
+        of the cache is masked, so that a pass has the same shapes for each token.
+        """
+        c, (B, T), mask = self.config, idx.shape, None
+        if end is None:
+            end = cache.size(4)
+            mask = positions[:, None] >= torch.arange(end, device=idx.device)  # (T, end)
+        x = F.embedding(idx, self.wte) + F.embedding(positions, self.wpe)  # (B, T, C)
+        for kv, (ln_1, c_attn, c_proj, ln_2, up, down) in zip(cache, self.blocks, strict=True):
+            qkv = c_attn(ln_1(x)).view(B, T, 3, c.n_heads, c.d_model // c.n_heads)
+            qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+            k, v = kv.index_copy_(3, positions, qkv[1:])[:, :, :, :end]
+            causal = mask is None and T > 1
+            y = F.scaled_dot_product_attention(qkv[0], k, v, attn_mask=mask, is_causal=causal)
+            x = x + c_proj(y.transpose(1, 2).reshape(B, T, c.d_model))
+            x = x + down(F.gelu(up(ln_2(x)), approximate="tanh"))
+        return self.lm_head(self.ln_f(x[:, -1])).float()[:, :N_TOKENS]
+
+
+def projection(layer: nn.Linear, rows: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """``layer`` in ``dtype`` as a function, the fastest for inputs of ``rows`` rows.
+
+    For a few rows on a CPU the weight is packed, by the operators of Inductor's frozen weights:
+    that costs as much memory again, and 8 samples are made in two thirds of the time.
+    """
+    weight = layer.weight.to(dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    mkl = weight.device.type == "cpu" and torch.backends.mkl.is_available()
+    if mkl and dtype == torch.float32 and 1 < rows <= 64:
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
+    return partial(F.linear, weight=weight, bias=bias)
 
 
 def choose(

@@ -504,8 +504,7 @@ class Run:
             return {}
         tokenizer, prompt = dataset.get_tokenizer(), self.config.sample_prompt
         idx = torch.tensor([tokenizer.encode(prompt)], device=self.world.device)
-        with torch.autocast(idx.device.type, enabled=self.dtype == torch.bfloat16):
-            out = self.model.generate(idx, 64, top_k=50, seed=self.config.seed)
+        out = self.model.generate(idx, 64, top_k=50, seed=self.config.seed, dtype=self.dtype)
         tokens = [token for token in out[0].tolist() if token != dataset.END_OF_TEXT]
         return {"prompt": prompt, "text": tokenizer.decode(tokens)}
 

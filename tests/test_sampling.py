@@ -10,7 +10,7 @@ from torch import Tensor
 
 import eval as eval_script
 from dataset import get_tokenizer
-from model import END_OF_TEXT, GPT, N_TOKENS, GPTConfig, choose
+from model import END_OF_TEXT, GPT, N_TOKENS, Decoder, GPTConfig, choose
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,10 +60,11 @@ def test_cached_logits_equal_those_of_the_full_pass_at_every_place(prompt: int) 
     model = random_model()
     idx = torch.randint(300, (3, 32))
     full = model(idx)
-    cache = torch.zeros(2, 2, 3, 4, 32, 8)
+    decoder = Decoder(model, 3, torch.float32)
+    cache = decoder.new_cache(3, 32)
     for start, end in [(0, prompt), *((t, t + 1) for t in range(prompt, 32))]:
-        for extent in (end, 32):  # an exact view and one over the whole buffer are the same
-            logits = model.decode(idx[:, start:end], torch.arange(start, end), cache, extent)
+        for places in (end, None):  # a view of those so far and a masked one of all are the same
+            logits = decoder(cache, idx[:, start:end], torch.arange(start, end), places)
             torch.testing.assert_close(logits, full[:, end - 1], atol=1e-4, rtol=1e-4)
 
 
