@@ -2,15 +2,16 @@
 
 One process, one device, random tokens and no network. The variants take turns, and each reports
 the median of its rounds. "ours" is train.py's own step: loader, compiled model, chunked loss,
-clipping, AdamW and logging. Memory is a variant's own peak: weights, gradients, AdamW's moments and
-activations; on a CPU it is rough, as a row may reuse what an earlier one has freed. The ceiling is
-a large matrix product in the same precision.
+clipping, AdamW and logging. Memory is the peak of a variant's second step: weights, gradients,
+AdamW's moments and activations. The ceiling is a large matrix product in the same precision.
 
     python benchmarks/bench_train.py                                  every table that suits
     python benchmarks/bench_train.py --device cpu --tables variants   one of them
 """
 
 import contextlib
+import ctypes
+import gc
 import io
 import json
 import os
@@ -230,6 +231,15 @@ def memory(device: torch.device, peak: bool = False) -> float:
     return 1024 * int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0])
 
 
+def release(device: torch.device) -> None:
+    """Gives free memory back, so that no variant reuses what another one has left."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -242,12 +252,11 @@ def measure(variants: list[Variant], rounds: int, device: torch.device) -> list[
     ready = []
     for variant in variants:
         try:
+            release(device)
             before = memory(device)
             variant.step, variant.seconds = variant.build(), []
-            for _ in range(
-                2 if device.type == "cuda" else 1
-            ):  # compiles, allocates AdamW's moments
-                variant.step()
+            variant.step()  # compiles, allocates AdamW's moments
+            release(device)
             reset_peak(device)
             variant.step()
             synchronize(device)
@@ -256,8 +265,6 @@ def measure(variants: list[Variant], rounds: int, device: torch.device) -> list[
         except Exception as error:  # out of memory, or a part that this torch lacks
             print(f"{variant.name}: left out ({str(error).splitlines()[0]:.150})", flush=True)
             variant.step = None
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
     for _ in range(rounds):
         for variant in ready:
             start = time.perf_counter()
