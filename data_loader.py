@@ -207,6 +207,8 @@ class DataLoader:
 
     def _read_ahead(self) -> None:
         try:
+            if self.device.type == "cuda":  # a thread begins on GPU 0; pinning is not for that one
+                torch.cuda.set_device(self.device)
             for batch in self._batches():
                 tokens = torch.from_numpy(batch)
                 self._put(tokens.pin_memory() if self.device.type == "cuda" else tokens)

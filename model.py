@@ -273,7 +273,7 @@ class GPT(nn.Module):
                     window, end = window[:, -(context // 2 or 1) :], 0
                 start, end = end, window.size(1)
                 new = window[:, start:], torch.arange(start, end, device=device)
-                if device.type == "cuda" and start and step > 1:  # step 1 has warmed it up
+                if device.type == "cuda" and start:
                     replay = replay or record(partial(decoder, cache), *new)
                     logits = replay(*new)
                 else:
@@ -322,16 +322,15 @@ class GPT(nn.Module):
         wrong += [f"no {k}" for k in SHAPE if not isinstance(raw.get(k), int)]
         if wrong:
             raise ValueError(f"{folder}: not a GPT-2 that this model computes: {', '.join(wrong)}")
-        model = cls(GPTConfig(*(raw[k] for k in SHAPE)))
-        model._load(weights, folder)
+        with torch.device("meta"):  # no random weights, which would only be replaced
+            model = cls(GPTConfig(*(raw[k] for k in SHAPE)))
+        model._adopt(weights, folder)
         return model
 
-    @torch.no_grad()
-    def _load(self, weights: dict[str, Tensor], folder: Path) -> None:
+    def _adopt(self, weights: dict[str, Tensor], folder: Path) -> None:
         # OpenAI's files lack the prefix; `attn.bias` there is the causal mask, not a parameter.
         weights = {k.removeprefix("transformer."): v for k, v in weights.items()}
-        head = weights.pop("lm_head.weight", None)
-        problems = []
+        head, ours, problems = weights.pop("lm_head.weight", None), {}, []
         for name, parameter in self.transformer.named_parameters():
             value = weights.pop(name, None)
             if value is not None and name.endswith(CONV1D):
@@ -340,12 +339,14 @@ class GPT(nn.Module):
                 found = "missing" if value is None else f"of shape {tuple(value.shape)}"
                 problems.append(f"{name} is {found}")
             else:
-                parameter.copy_(value)
+                ours[name] = value.float().clone(memory_format=torch.contiguous_format)
         problems += [k for k in weights if not k.endswith((".attn.bias", ".attn.masked_bias"))]
-        if not problems and head is not None and not torch.equal(head, self.lm_head.weight):
+        if not problems and head is not None and not torch.equal(head.float(), ours["wte.weight"]):
             problems.append("its head is not tied to the embedding")
         if problems:
             raise ValueError(f"{folder}: not a GPT-2 of its config.json: {', '.join(problems[:3])}")
+        self.transformer.load_state_dict(ours, assign=True)
+        self.lm_head.weight = self.transformer["wte"].weight
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes ``model.safetensors``, ``config.json`` and GPT-2's tokenizer files into ``path``.
@@ -487,6 +488,7 @@ def choose(
 def record(step: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
     """``step`` as a CUDA graph: one launch in place of hundreds, for inputs of these shapes."""
     fixed, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+    step(*fixed)  # loads the kernels, which must not happen while recording
     # Other threads, such as the loader's or NCCL's, may use the device meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         out = step(*fixed)

@@ -66,6 +66,19 @@ def recipe(model: GPT, raws: list[dict[str, Any]], device: torch.device) -> list
     return chosen
 
 
+def work(model: GPT, raws: list[dict[str, Any]]) -> tuple[float, float]:
+    """Multiplications by weights that hellaswag.py's completion row and the recipe make."""
+    head = model.lm_head.weight.numel()
+    body = sum(p.numel() for p in model.transformer["h"].parameters() if p.dim() == 2)
+    examples = [hellaswag.tokenize(raw, "data") for raw in raws]
+    alone = tuple(dataclasses.replace(e, questions=e.questions[:1]) for e in examples)
+    batches = hellaswag.pack(alone, model.config.context_length)
+    ours = sum(b.inputs[0].numel() * body + b.scored.size(1) * head for b in batches)
+    questions = [example.questions[0] for example in examples]
+    padded = sum(4 * (len(q.context) + max(map(len, q.endings))) for q in questions)
+    return ours, padded * (body + head)
+
+
 class Harness:
     """lm_eval's own code path, tokenizing, batching and scoring the examples."""
 
@@ -143,7 +156,9 @@ def main() -> None:
         speed[f"ours, {name}"] for name in (*hellaswag.CONVENTIONS, "both")
     )
     plain = speed["recipe, completion"]
+    ours_work, recipe_work = work(model, raws)
     print(f"completion / recipe      {completion / plain:8.2f}")
+    print(f"  multiplications, recipe / completion {recipe_work / ours_work:.2f}")
     print(f"both / recipe            {both / plain:8.2f}")
     if batches := [value for name, value in speed.items() if name.startswith("lm_eval")]:
         print(f"harness / lm_eval        {harness / max(batches):8.2f}")

@@ -13,7 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from launcher import TINY, free_port, metrics, run, wait_for, write_shards
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
 PLAIN = ("--val-every", "0", "--sample-every", "0", "--max-steps", "20")
@@ -49,6 +53,31 @@ def count_rounds() -> None:
             Path("rounds.json").write_text(json.dumps([self.micro_steps, sum(rounds)]))
 
     train.DistributedDataParallel, train.Run.fit = counting, fit_and_tell
+
+
+def test_the_parallel_model_compiles_into_a_graph_for_each_bucket() -> None:
+    """Then the exchange of one bucket overlaps the backward pass of the next."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(d_model=128, n_heads=4, n_layers=8, context_length=16, vocab_size=512))
+    idx = torch.randint(512, (2, 2, 16))
+    model(*idx).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    # "aot_eager" traces both passes as Inductor's front end does, without a C++ compiler.
+    graphs = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=1)
+        compiled = torch.compile(ddp, dynamic=False, backend=graphs)
+        with torch._dynamo.config.patch(suppress_errors=False):
+            for ddp.require_backward_grad_sync in (False, True):
+                (compiled(*idx) / 2).backward()
+    finally:
+        dist.destroy_process_group()
+    assert len(graphs.graphs) > 2
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(2, 2), (4, 1)])
