@@ -15,6 +15,7 @@ import gc
 import io
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -55,6 +56,8 @@ class Options:
     """Tokens of a sequence there."""
     batch_tokens: int | None = None
     """Tokens of a step there. Default: 524,288, on a CPU one micro-batch."""
+    only: str = ""
+    """Only variants whose name this regular expression finds."""
     rounds: int = 3
     """Turns of each variant."""
 
@@ -346,6 +349,7 @@ def variants(bench: Bench) -> None:
     else:  # where bf16 may be the slower one
         fp32, bf16 = replace(eager, dtype="fp32"), replace(eager, dtype="bf16")
         compiled = replace(config, dtype="bf16")
+        found += [bench.variant("ours, bf16", compiled)] * (config.dtype == "fp32")
         found += [
             bench.variant("nanoGPT-style, fp32, eager", fp32, nanogpt),
             bench.variant("nanoGPT-style, bf16, compiled", compiled, nanogpt),
@@ -354,6 +358,7 @@ def variants(bench: Bench) -> None:
         ]
     where = f"{rows} x {model.context_length}, {config.batch_tokens:,} tokens a step"
     title = f"Variants: 124M, {where}, {config.dtype} where not said otherwise"
+    found = [variant for variant in found if re.search(options.only, variant.name)]
     bench.show(title, measure(found, options.rounds, bench.device))
 
 
