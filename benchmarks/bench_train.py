@@ -3,7 +3,8 @@
 One process, one device, random tokens and no network. The variants take turns, and each reports
 the median of its rounds. "ours" is train.py's own step: loader, compiled model, chunked loss,
 clipping, AdamW and logging. Memory is the peak of a variant's second step: weights, gradients,
-AdamW's moments and activations. The ceiling is a large matrix product in the same precision.
+AdamW's moments and activations. The ceiling is a large matrix product in the same precision; "in
+products" is the share of a step in matrix products and attention (measured on a CPU only).
 
     python benchmarks/bench_train.py                                  every table that suits
     python benchmarks/bench_train.py --device cpu --tables variants   one of them
@@ -72,6 +73,7 @@ class Variant:
     flops_per_token: int
     step: Step | None = None
     memory_gb: float | None = None
+    products: float | None = None  # share of a step's time in matrix products and attention
     seconds: list[float] | None = None
 
     def tokens_per_s(self) -> float:
@@ -264,6 +266,8 @@ def measure(variants: list[Variant], rounds: int, device: torch.device) -> list[
             variant.step()
             synchronize(device)
             variant.memory_gb = (memory(device, peak=True) - before) / 1e9
+            if device.type == "cpu":
+                variant.products = products(variant.step)
             ready.append(variant)
         except Exception as error:  # out of memory, or a part that this torch lacks
             print(f"{variant.name}: left out ({str(error).splitlines()[0]:.150})", flush=True)
@@ -277,6 +281,22 @@ def measure(variants: list[Variant], rounds: int, device: torch.device) -> list[
     for variant in ready:
         variant.step = None  # and with it its memory
     return ready
+
+
+def products(step: Step) -> float:
+    """The share of a step's time in matrix products and attention: what all variants must do."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    names = (
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::_scaled_dot_product",
+        "mkldnn::",
+        "mkl::",
+    )
+    return sum(t for name, t in times.items() if name.startswith(names)) / sum(times.values())
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
@@ -314,13 +334,15 @@ class Bench:
 
     def show(self, title: str, measured: list[Variant]) -> None:
         """A Markdown table; the ratio says how many times as fast the first row is."""
-        print(f"\n### {title}\n\n| | first / this | tokens/s | MFU | of the ceiling | memory |")
-        print("|---|---|---|---|---|---|")
+        print(f"\n### {title}\n")
+        print("| | first / this | tokens/s | MFU | of the ceiling | in products | memory |")
+        print("|---|---|---|---|---|---|---|")
         for v in measured:
             speed, ratio = v.tokens_per_s(), measured[0].tokens_per_s() / v.tokens_per_s()
             flops = v.flops_per_token * speed
             mfu = f"{flops / self.peak:.1%}" if self.peak else ""
-            share = f"{flops / self.limit:.0%} | {v.memory_gb:.2f} GB"
+            products = f"{v.products:.0%}" if v.products else ""
+            share = f"{flops / self.limit:.0%} | {products} | {v.memory_gb:.2f} GB"
             print(f"| {v.name} | {ratio:.2f} | {speed:,.0f} | {mfu} | {share} |", flush=True)
 
 
