@@ -175,10 +175,15 @@ def die(where: str) -> None:
 
 
 def slow_validation() -> None:
-    """A validation that takes a minute."""
+    """A validation that takes a minute, and says when it begins."""
     import train
 
-    train.Run.validate = lambda self: time.sleep(60) or {"loss": 1.0}
+    def validate(self: Any) -> dict[str, Any]:
+        self.metrics.say("validation begins")
+        time.sleep(60)
+        return {"loss": 1.0}
+
+    train.Run.validate = validate
 
 
 # -- signals --------------------------------------------------------------------------------------
@@ -215,7 +220,8 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(folder: Path) -> None:
 
 def test_a_second_interrupt_stops_at_once(folder: Path) -> None:
     (training,) = start(folder, *LONG, fault=slow_validation)
-    wait_for(lambda: "tokens a step" in training.out)
+    # Not before: the interrupt must find the run in its validation, not on the way there.
+    wait_for(lambda: "validation begins" in training.out)
     training.kill(signal.SIGINT)
     assert training.poll(0.5) is None
     begun = time.monotonic()
