@@ -157,14 +157,15 @@ def test_optimizer_groups_hold_every_parameter_once_and_decay_only_matrices() ->
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("rows", [5, 16, 64])
-def test_the_chunked_loss_has_the_gradients_of_the_plain_one(rows: int) -> None:
+def test_the_chunked_loss_has_the_gradients_of_the_plain_one(rows: int, fused: bool) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(37, 16, requires_grad=True)
     weight = torch.randn(500, 16, requires_grad=True)
     targets = torch.randint(0, 500, (37,))
     plain = F.cross_entropy(hidden @ weight.T, targets)
-    ours = LinearCrossEntropy.apply(hidden, weight, targets, rows, torch.float32)
+    ours = LinearCrossEntropy.apply(hidden, weight, targets, rows, torch.float32, fused)
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
     # A factor other than 1 reaches backward, as gradient accumulation sends it.
     expected = torch.autograd.grad(plain / 3, (hidden, weight))
@@ -172,7 +173,8 @@ def test_the_chunked_loss_has_the_gradients_of_the_plain_one(rows: int) -> None:
         assert ((got - want).norm() / want.norm()).item() < 1e-6
 
 
-def test_in_bf16_the_chunked_loss_is_as_near_to_fp32_as_the_plain_one() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_in_bf16_the_chunked_loss_is_as_near_to_fp32_as_the_plain_one(fused: bool) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(256, 64, requires_grad=True)
     weight = (0.02 * torch.randn(5000, 64)).requires_grad_()
@@ -180,7 +182,7 @@ def test_in_bf16_the_chunked_loss_is_as_near_to_fp32_as_the_plain_one() -> None:
     exact = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, targets), (hidden, weight))
     with torch.autocast("cpu", torch.bfloat16):
         plain = F.cross_entropy(F.linear(hidden, weight), targets)
-        ours = LinearCrossEntropy.apply(hidden, weight, targets, 100, torch.bfloat16)
+        ours = LinearCrossEntropy.apply(hidden, weight, targets, 100, torch.bfloat16, fused)
     for got, usual, want in zip(
         torch.autograd.grad(ours, (hidden, weight)),
         torch.autograd.grad(plain, (hidden, weight)),
