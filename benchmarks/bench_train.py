@@ -163,6 +163,7 @@ def plain(config: train.TrainConfig, folder: Path, model: torch.nn.Module) -> St
     tokens = np.load(next(folder.glob("*_train_*.npy")), mmap_mode="r")
     groups = GPT.parameter_groups(model.to(device), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
+    torch._functorch.config.activation_memory_budget = 1.0  # torch's own, which train.py changes
     compiled = torch.compile(model, dynamic=False) if config.compile else model
     micro_steps = config.batch_tokens // (rows * T)
 
