@@ -79,8 +79,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     hidden (N, C), weight (V, C), targets (N,) int64; matrix products in ``dtype``, the softmax and
     the sum over chunks in fp32. Returns a scalar in fp32. ``fused`` says the same with comparisons,
-    all of which Inductor makes one Triton kernel: half the traffic of a gather and a scatter, and a
-    gather that it puts off to the end keeps the logits of every chunk.
+    which Inductor makes one Triton kernel: half the traffic of a gather and a scatter by its own
+    count, and a gather that it puts off to the end keeps the logits of every chunk.
     """
 
     @staticmethod

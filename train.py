@@ -315,8 +315,8 @@ class Run:
             return model
         # A laptop may lack the C++ compiler that Inductor needs: then it runs uncompiled.
         torch._dynamo.config.suppress_errors = on_cpu
-        # A CPU waits for its matrix products: to compute norms and GELU twice costs it nothing, and
-        # below 1 they are not kept. A GPU waits for its memory.
+        # Below 1, norms and GELU are not kept but computed again in the backward pass, which is
+        # little beside a CPU's matrix products. A GPU, which waits for memory, keeps the default.
         torch._functorch.config.activation_memory_budget = 0.95 if on_cpu else 1.0
         # Compiling outside of DDP splits the graph at its buckets, so that the all-reduce of the
         # last layers' gradients overlaps the backward pass of the first.
