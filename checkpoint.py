@@ -1,61 +1,78 @@
-"""Stopping, saving and resuming: the one room that train.py hands over.
+"""Checkpoints of a run: saving, finding, verifying and loading them.
 
 ``LOG_DIR/step_005000/`` is a Hugging Face model plus ``training_state.pt`` and ``checksums.json``.
-It is written under a temporary name, fsynced and renamed, so a folder with its final name is
-whole; the checksums tell a folder that was damaged later. Nothing that is loaded can run code:
-the weights are safetensors, the state is read with ``weights_only=True``.
+It is written under a temporary name, fsynced and renamed: a folder with its final name is complete.
+The checksums detect a folder that was damaged later. Nothing that is loaded can run code: the
+weights are safetensors, and the state is read with ``weights_only=True``.
 """
 
-import fcntl
 import json
-import os
+import re
 import shutil
 import signal
 import sys
 import warnings
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any
+from typing import Any
 
 import torch
-from torch.utils.serialization import config
+import torch.utils.serialization
+from torch import Tensor
 
-from model import GPT, checkpoints
+import dataset
+from common import fsync
+from model import GPT
 
-STATE, CHECKSUMS = "training_state.pt", "checksums.json"
-KEYS = ("step", "optimizer", "rng", "settings", "best_val", "skipped", "losses")
-# Changing one of these makes another run: other tokens in a step, or another model.
-FIXED = ("model", "batch_tokens", "seed", "shuffle", "data")
+STATE_FILE = "training_state.pt"
+CHECKSUMS_FILE = "checksums.json"
+# With another value of one of these it would be another run: another model, or other tokens in a
+# step than those that the checkpoint's weights have seen.
+FIXED_SETTINGS = ("model", "batch_tokens", "seed", "shuffle", "data")
+# These say how the process was started, not what it computes.
+IGNORED_SETTINGS = ("resume", "log_dir")
 
 
-def lock(log_dir: Path) -> IO[str]:
-    """Takes the log folder for this process, until it ends however it ends (``fcntl.flock``).
+@dataclass
+class TrainingState:
+    """What a run needs besides the weights to continue as if it had never stopped."""
 
-    Raises ValueError when another run writes there, or the folder cannot be written.
-    """
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        file = open(log_dir / ".lock", "w")  # noqa: SIM115 - held until the process ends
-    except OSError as error:
-        raise ValueError(f"{log_dir}: cannot write there ({error}); give a --log-dir") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"{log_dir}: another run is writing there; wait for it or give another --log-dir"
-        ) from None
-    return file
+    step: int
+    """Optimizer updates made so far."""
+    optimizer: dict[str, Any]
+    """The optimizer's state_dict."""
+    rng: Tensor
+    """State of torch's random number generator on the CPU."""
+    settings: dict[str, Any]
+    """The run's configuration, as in metrics.jsonl, and the fingerprint of its data."""
+    best_val: float
+    """Lowest validation loss so far."""
+    skipped: int
+    """Updates skipped in a row because the gradient was not finite."""
+    losses: list[float]
+    """The most recent training losses, for the z-score."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data, by the names of the fields."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "TrainingState":
+        """The inverse of ``state_dict``. Raises KeyError when a field is missing."""
+        return cls(**{field.name: state[field.name] for field in fields(cls)})
 
 
 class StopSignal:
     """SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask for an orderly stop; a second SIGINT ends at once."""
 
     def __init__(self) -> None:
-        self.name = ""
+        self.name = ""  # of the signal that was received
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            # nohup has SIGHUP ignored, so that a run survives the end of its terminal.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -64,130 +81,193 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
 
-def save(log_dir: Path, step: int, model: GPT, state: dict[str, Any], keep: int) -> Path:
-    """Writes the checkpoint of ``step`` and prunes those before it, but for ``keep`` in all.
+# ---- finding -------------------------------------------------------------------------------------
 
-    Raises OSError when it cannot be written; then nothing of it stays and nothing is pruned.
+
+def list_checkpoints(log_dir: Path) -> list[Path]:
+    """The checkpoints in a log folder, newest first."""
+    found = [path for path in log_dir.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+
+def find_checkpoint(source: str | Path) -> str | Path:
+    """What ``GPT.from_pretrained`` reads for a checkpoint folder, a log folder or a hub id.
+
+    Of a log folder that is its newest checkpoint; everything else is returned as it is. Raises
+    FileNotFoundError for a folder that holds no model.
     """
-    final = log_dir / f"step_{step:06d}"
-    partial = log_dir / f".partial_{final.name}"
-    for stale in log_dir.glob(".partial_*"):  # of a process killed while it saved or pruned
-        shutil.rmtree(stale, ignore_errors=True)
-    try:
-        partial.mkdir()
-        # torch's own CRC would be a second one, for a seventh of its time.
-        with ThreadPoolExecutor() as pool, config.patch("save.compute_crc32", False):
-            writing = pool.submit(torch.save, state, partial / STATE)
-            model.save_pretrained(partial)
-
-            def settle(file: Path) -> tuple[str, Future[None], Future[list[int]]]:
-                # The checksum is read from the page cache while the disk is busy with the fsync.
-                return file.name, pool.submit(_fsync, file), pool.submit(_checksum, file)
-
-            settled = [settle(f) for f in sorted(partial.iterdir()) if f.name != STATE]
-            writing.result()
-            sums = {}
-            for name, synced, checksum in [*settled, settle(partial / STATE)]:
-                synced.result()
-                sums[name] = checksum.result()
-        (partial / CHECKSUMS).write_text(json.dumps(sums, indent=2))
-        _fsync(partial / CHECKSUMS)
-        _fsync(partial)
-        shutil.rmtree(final, ignore_errors=True)  # of an earlier, damaged or longer, attempt
-        partial.rename(final)
-        _fsync(log_dir)
-    except Exception as error:  # torch and safetensors report a full disk with their own classes
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{final} could not be written: {error}") from error
-    # Those of later steps are damaged, or this run would have gone on from them: they do not count.
-    known = checkpoints(log_dir)
-    for old in known[known.index(final) + keep :] if keep else []:
-        # To delete gigabytes can take as long as to write them. Training does not wait for it.
-        gone = old.rename(log_dir / f".partial_{old.name}")
-        Thread(target=shutil.rmtree, args=(gone, True)).start()
-    return final
+    folder = Path(source)
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return source
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        raise FileNotFoundError(f"{source}: no config.json and no step_* checkpoint in it")
+    return checkpoints[0]
 
 
-def holds_run(log_dir: Path) -> bool:
-    """Whether a run has written metrics or checkpoints there."""
-    metrics = log_dir / "metrics.jsonl"
-    return bool(checkpoints(log_dir)) or (metrics.exists() and metrics.stat().st_size > 0)
+def latest_valid(log_dir: Path) -> Path | None:
+    """The newest checkpoint whose files match their checksums; damaged ones are reported.
 
-
-def newest_whole(log_dir: Path) -> Path | None:
-    """The newest checkpoint whose files match their checksums; the damaged ones are reported.
-
-    None where there are no checkpoints. Raises ValueError where all are damaged: to start anew
-    beside them is for the user to decide.
+    None when there are no checkpoints. Raises ValueError when all of them are damaged: starting
+    from scratch beside them is the user's decision.
     """
-    found = checkpoints(log_dir)
-    for folder in found:
-        damage = find_damage(folder)
+    checkpoints = list_checkpoints(log_dir)
+    for folder in checkpoints:
+        damage = verify(folder)
         if damage is None:
             return folder
         print(f"{folder}: damaged ({damage}); trying the one before", file=sys.stderr)
-    if found:
-        raise ValueError(f"{log_dir}: no checkpoint is whole; give a new --log-dir to start anew")
+    if checkpoints:
+        raise ValueError(
+            f"{log_dir}: no valid checkpoint; give a new --log-dir to start from scratch"
+        )
     return None
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None when they match their checksums."""
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text())
-        if not {STATE, "model.safetensors", "config.json"} <= set(sums):
-            return f"{CHECKSUMS} does not name all files"
-        for name, expected in sums.items():
+        # A list without the files that matter would let a folder without weights pass.
+        checksums = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        if not {STATE_FILE, "model.safetensors", "config.json"} <= set(checksums):
+            return f"{CHECKSUMS_FILE} does not list all files"
+        for name, expected in checksums.items():
             if _checksum(folder / name) != expected:
-                return f"{name} is not what was written"
+                return f"{name} does not match its checksum"
     except (OSError, ValueError) as error:
         return str(error)
     return None
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """The training state, on the CPU. Raises ValueError when it holds more than plain data."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        return {key: state[key] for key in KEYS}
-    except Exception as error:  # torch's own text recommends to load it unsafely
-        raise ValueError(
-            f"{folder / STATE}: not a training state, or one that would run code when loaded;"
-            f" remove {folder} to go on from the checkpoint before"
-        ) from error
+def contains_run(log_dir: Path) -> bool:
+    """Whether a run has written metrics or checkpoints to this folder."""
+    metrics = log_dir / "metrics.jsonl"
+    return bool(list_checkpoints(log_dir)) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
-def compare_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:
-    """Lines that say which settings differ from the run that is resumed.
+# ---- saving --------------------------------------------------------------------------------------
 
-    Raises ValueError for those that would make it another run.
+
+def save(log_dir: Path, model: GPT, state: TrainingState, keep: int) -> Path:
+    """Write the checkpoint of ``state.step``, then delete old ones but for ``keep`` (0: keep all).
+
+    Raises OSError when it cannot be written; then nothing of it is left and nothing is deleted.
     """
-    differ = [k for k in now if k not in ("resume", "log_dir") and saved.get(k) != now[k]]
-    refused = [k for k in differ if k in FIXED]
-    if refused:
-        changes = "; ".join(f"{k} was {saved.get(k)}, is {now[k]}" for k in refused if k != "data")
-        data = "the training shards are not the same" if "data" in refused else ""
-        raise ValueError(
-            f"{folder}: this is another run: {'; '.join(filter(None, (changes, data)))};"
-            " use the saved settings, or a new --log-dir"
-        )
-    return [f"{k} was {saved.get(k)}, is now {now[k]}" for k in differ]
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    final = log_dir / f"step_{state.step:06d}"
+    partial = log_dir / f".partial_{final.name}"
+    for stale in log_dir.glob(".partial_*"):  # left by a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        # In this order the process may be killed at any moment: first complete files, then their
+        # name, and only then fewer old checkpoints.
+        partial.mkdir()
+        _write_files(partial, model, state)
+        shutil.rmtree(final, ignore_errors=True)  # of an earlier attempt that was damaged
+        partial.rename(final)
+        fsync(log_dir)
+    except Exception as error:  # torch and safetensors report a full disk with their own classes
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{final} could not be written: {error}") from error
+    if keep:
+        _prune(log_dir, newest=final, keep=keep)
+    return final
+
+
+def _write_files(folder: Path, model: GPT, state: TrainingState) -> None:
+    """Write all files of a checkpoint and their checksums, and wait until they are on the disk."""
+    checksums: dict[str, list[int]] = {}
+    # Threads: torch.save, fsync and the checksums all run without Python's lock, and the 1.5 GB of
+    # a 124M checkpoint are written at the speed of the disk.
+    with ThreadPoolExecutor() as pool:
+
+        def finish(file: Path) -> tuple[str, Future[None], Future[list[int]]]:
+            # The checksum is read from the page cache while the disk is busy with the fsync.
+            return file.name, pool.submit(fsync, file), pool.submit(_checksum, file)
+
+        # torch would compute a CRC of its own, which takes a seventh of the time of a save.
+        patch = torch.utils.serialization.config.patch  # type: ignore[attr-defined]  # set at import
+        with patch("save.compute_crc32", False):
+            state_written = pool.submit(torch.save, state.state_dict(), folder / STATE_FILE)
+            model.save_pretrained(folder)
+            dataset.save_tokenizer(folder, context_length=model.config.context_length)
+            model_files = [path for path in sorted(folder.iterdir()) if path.name != STATE_FILE]
+            finishing = [finish(path) for path in model_files]
+            state_written.result()
+        finishing.append(finish(folder / STATE_FILE))
+        for name, synced, checksum in finishing:
+            synced.result()
+            checksums[name] = checksum.result()
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2), encoding="utf-8")
+    fsync(folder / CHECKSUMS_FILE)
+    fsync(folder)
+
+
+def _prune(log_dir: Path, newest: Path, keep: int) -> None:
+    """Delete all but ``keep`` checkpoints, counted from ``newest`` backwards.
+
+    Checkpoints of later steps are not counted: this run would have resumed from them if they had
+    not been damaged.
+    """
+    checkpoints = list_checkpoints(log_dir)
+    for old in checkpoints[checkpoints.index(newest) + keep :]:
+        # Deleting gigabytes can take as long as writing them. Training does not wait for it, and
+        # under its new name a folder that is half deleted is not taken for a checkpoint.
+        doomed = old.rename(log_dir / f".partial_{old.name}")
+        Thread(target=shutil.rmtree, args=(doomed, True)).start()
 
 
 def _checksum(path: Path) -> list[int]:
     """Size in bytes and CRC-32: against decay and truncation, not against an attacker."""
-    crc, size = 0, 0
+    # zlib's CRC runs at gigabytes a second; SHA-256 would take longer than the write.
+    crc = 0
+    size = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            crc, size = zlib.crc32(block, crc), size + len(block)
+            crc = zlib.crc32(block, crc)
+            size += len(block)
     return [size, crc]
+
+
+# ---- resuming ------------------------------------------------------------------------------------
+
+
+def load_state(folder: Path) -> TrainingState:
+    """A checkpoint's training state, on the CPU.
+
+    Raises ValueError when the file is not one, or contains anything but plain data.
+    """
+    try:
+        # weights_only: a state is plain data, and a pickle in its place must not run code.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        return TrainingState.from_state_dict(state)
+    except Exception as error:  # torch's own message recommends to load it unsafely
+        raise ValueError(
+            f"{folder / STATE_FILE}: not a training state, or one that would run code when loaded;"
+            f" delete {folder} to resume from the checkpoint before"
+        ) from error
+
+
+def compare_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:
+    """One message for each setting that differs from those of the checkpoint in ``folder``.
+
+    Raises ValueError, with all of them, when some of these would make it another run.
+    """
+    changes = []
+    refused = []
+    for name, value in now.items():
+        if name in IGNORED_SETTINGS or saved.get(name) == value:
+            continue
+        if name == "data":  # hundreds of names and sizes: no message could show them
+            refused.append("the training shards are not the same")
+        elif name in FIXED_SETTINGS:
+            refused.append(f"{name} was {saved.get(name)}, is now {value}")
+        else:
+            changes.append(f"{name} was {saved.get(name)}, is now {value}")
+    if refused:
+        raise ValueError(
+            f"{folder} belongs to another run: {'; '.join(refused)};"
+            " use the saved settings, or a new --log-dir"
+        )
+    return changes

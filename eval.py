@@ -8,85 +8,111 @@ Examples: python eval.py --checkpoint log --prompt "The function returns" --stre
 """
 
 import codecs
+import contextlib
+import copy
 import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 import tyro
+from torch import Tensor
 
-from data_loader import TokenDataset
+from checkpoint import find_checkpoint
+from common import (
+    END_OF_TEXT,
+    VOCAB_SIZE,
+    DtypeName,
+    choose_device,
+    choose_dtype,
+    exit_with_one_line,
+)
+from data_loader import TokenDataset, TokenLoader
 from dataset import get_tokenizer
-from model import END_OF_TEXT, GPT, choose_device, fast_bf16
+from model import GPT, Block
+
+# ---- configuration -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class EvalOptions:
+class EvalConfig:
     checkpoint: str = "log"
     """A checkpoint, a log folder (its newest checkpoint) or a hub id such as gpt2."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A text to go on from; give it several times for several. Default: standard input."""
+    """A text to continue; repeat the flag for several. Default: read standard input."""
     num_samples: int = 1
-    """Samples of each prompt. Sample i draws with --seed + i, alone or among others."""
+    """Samples of each prompt. Sample i is drawn with --seed + i, alone or in a batch."""
     max_new_tokens: int = 128
-    """Tokens of a sample, unless it ends before with <|endoftext|>."""
+    """Length of a sample in tokens; it ends earlier at <|endoftext|>."""
     temperature: float = 1.0
-    """Divides the logits: below 1 bolder, above 1 more even. 0 is --greedy."""
+    """Divides the logits: below 1 more conservative, above 1 more random. 0 is --greedy."""
     top_k: int | None = 50
-    """Draw among so many likeliest tokens; None: among all."""
+    """Draw from this many of the most likely tokens; None: from all."""
     top_p: float | None = None
-    """Draw among the fewest likeliest tokens that have this probability together."""
+    """Nucleus sampling: draw from the smallest set of tokens with at least this total
+    probability."""
     greedy: bool = False
-    """Take the likeliest token each time."""
+    """Always take the most likely token."""
     seed: int = 1337
-    """Same seed, same text, on the same device in the same precision; up to rounding in batches."""
+    """The same seed gives the same text on the same device in the same precision; a batch of
+    samples may differ by rounding."""
     stream: bool = False
-    """Print tokens as they are made, one sample after the other."""
+    """Print each token as soon as it is drawn, one sample after the other."""
     json: bool = False
     """Print a JSON line for each sample, or for the loss."""
 
     loss: bool = False
-    """Measure the validation loss in place of sampling."""
+    """Measure the validation loss instead of sampling."""
     data_dir: Path = Path("edu_fineweb10B")
     """Folder of token shards, for --loss."""
     val_tokens: int = 10_485_760
     """Tokens to measure the loss on: the first ones of the validation split."""
     context_length: int | None = None
-    """Window of the loss; default: the model's context. Compare models at the same one."""
+    """Tokens in a window of the loss; default: the model's context. Only losses at the same
+    length are comparable."""
     micro_batch: int = 16
     """Windows computed at once, for --loss."""
 
     device: str = "auto"
-    """cuda, cuda:1, mps or cpu; auto takes the first there is."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """cuda, cuda:1, mps or cpu; auto: the machine's accelerator, or the CPU without one."""
+    dtype: DtypeName = "auto"
     """Precision; auto: bf16 where the device has it in hardware."""
 
-    def check(self) -> None:
-        """Raises ValueError with all that is wrong with these options."""
-        at_least_1 = ("num_samples", "max_new_tokens", "top_k", "val_tokens", "context_length")
-        found = [
-            f"{k} {v} is not at least 1"
-            for k in (*at_least_1, "micro_batch")
-            if (v := getattr(self, k)) is not None and v < 1
+    def validate(self) -> list[str]:
+        """Every problem of these options, one message each."""
+        counts = {
+            "num_samples": self.num_samples,
+            "max_new_tokens": self.max_new_tokens,
+            "top_k": self.top_k,
+            "val_tokens": self.val_tokens,
+            "context_length": self.context_length,
+            "micro_batch": self.micro_batch,
+        }
+        problems = [
+            f"{name} {value} must be at least 1"
+            for name, value in counts.items()
+            if value is not None and value < 1
         ]
         if self.temperature < 0:
-            found.append(f"temperature {self.temperature} is negative")
+            problems.append(f"temperature {self.temperature} must not be negative")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            found.append(f"top_p {self.top_p} is not above 0 and at most 1")
+            problems.append(f"top_p {self.top_p} must be above 0 and at most 1")
         if self.stream and self.json:
-            found.append("stream and json exclude each other")
-        if found:
-            raise ValueError("; ".join(found))
+            problems.append("stream and json exclude each other")
+        return problems
 
 
-# ---------------------------------------------------------------- loss
+# ---- loss ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -100,32 +126,36 @@ def validation_loss(
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Mean loss, in nats, of the first ``tokens`` tokens of a data set, in whole windows.
+    """Mean loss, in nats, of the first ``tokens`` tokens of a data set, in complete windows.
 
     Each rank computes every ``world_size``-th window and all return the loss of all of them, so
     it is the same for any number of ranks.
 
     Raises ValueError when ``tokens`` are less than one window.
     """
-    mine = np.arange(rank, count_windows(dataset, tokens), world_size)
-    sums = []
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        for first in range(0, len(mine), micro_batch):
-            windows = dataset.windows(mine[first : first + micro_batch]).astype(np.int64)
-            batch = torch.from_numpy(windows).to(device)
-            inputs, targets = batch[:, :-1], batch[:, 1:]
+    windows = np.arange(rank, count_windows(dataset, tokens), world_size)
+    batches = (windows[i : i + micro_batch] for i in range(0, len(windows), micro_batch))
+    sums = []  # left on the device: reading a number here would wait for every batch
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
+        contextlib.closing(TokenLoader(dataset, batches, device, prefetch=2)) as loader,
+    ):
+        for inputs, targets in loader:  # (B, T) each
             sums.append(model(inputs, targets).float() * targets.numel())
     # Millions of tokens are summed in fp64, on the host since not every device has it.
     total = float(torch.stack(sums).cpu().double().sum()) if sums else 0.0
-    pair = torch.tensor([total, len(mine) * dataset.context_length], dtype=torch.float64)
+    # Ranks may have a window more or less than others, so sums are added up and not means.
+    total_and_count = torch.tensor(
+        [total, len(windows) * dataset.context_length], dtype=torch.float64
+    )
     if dist.is_initialized():
-        pair = pair.to(device)  # NCCL reduces what is on the GPU
-        dist.all_reduce(pair)
-    return float(pair[0] / pair[1])
+        total_and_count = total_and_count.to(device)  # NCCL reduces only what is on the GPU
+        dist.all_reduce(total_and_count)
+    return float(total_and_count[0] / total_and_count[1])
 
 
 def count_windows(dataset: TokenDataset, tokens: int) -> int:
-    """The whole windows in the first ``tokens`` tokens. ValueError when there is none."""
+    """The complete windows in the first ``tokens`` tokens. Raises ValueError when there is none."""
     if tokens < dataset.context_length:
         raise ValueError(
             f"{tokens} validation tokens are less than one window of {dataset.context_length}"
@@ -135,43 +165,274 @@ def count_windows(dataset: TokenDataset, tokens: int) -> int:
 
 def count_bytes(dataset: TokenDataset, windows: int) -> int:
     """Bytes of text that the targets of the first windows decode to; <|endoftext|> has none."""
-    lengths = np.zeros(2**16, dtype=np.int64)
     tokenizer = get_tokenizer()
-    lengths[:END_OF_TEXT] = [
-        len(tokenizer.decode_single_token_bytes(t)) for t in range(END_OF_TEXT)
-    ]
-    targets = (dataset.windows(np.arange(i, i + 1))[:, 1:] for i in range(windows))
-    return int(sum(lengths[t].sum() for t in targets))
+    lengths = np.zeros(2**16, dtype=np.int64)  # of every uint16 token, the padding's too
+    for token in range(END_OF_TEXT):
+        lengths[token] = len(tokenizer.decode_single_token_bytes(token))
+    total = 0
+    for window in range(windows):  # one at a time: the lengths take eight bytes a token
+        targets = dataset.windows(np.array([window]))[:, 1:]
+        total += int(lengths[targets].sum())
+    return total
 
 
-def report_loss(options: EvalOptions, model: GPT, device: torch.device, dtype: torch.dtype) -> None:
-    """Prints loss, perplexity and bits per byte on the validation split."""
-    T = options.context_length or model.config.context_length
-    dataset = TokenDataset(options.data_dir, "val", T)
+def report_loss(config: EvalConfig, model: GPT, device: torch.device, dtype: torch.dtype) -> None:
+    """Print loss, perplexity and bits per byte on the validation split."""
+    T = config.context_length or model.config.context_length
+    dataset = TokenDataset(config.data_dir, "val", T)
     dataset.check_tokens(model.config.vocab_size)
-    windows = count_windows(dataset, options.val_tokens)
-    loss = validation_loss(model, dataset, windows * T, options.micro_batch, device, dtype=dtype)
+    windows = count_windows(dataset, config.val_tokens)
+    loss = validation_loss(model, dataset, windows * T, config.micro_batch, device, dtype=dtype)
     n_bytes = count_bytes(dataset, windows)
-    result = {
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": loss / math.log(2) * windows * T / n_bytes,
-        "tokens": windows * T,
-        "bytes": n_bytes,
-        "context_length": T,
-    }
-    if options.json:
+    perplexity = math.exp(loss)
+    # Unlike the loss a token, it can be compared with models that have another tokenizer.
+    bits_per_byte = loss / math.log(2) * windows * T / n_bytes
+    if config.json:
+        result = {
+            "loss": loss,
+            "perplexity": perplexity,
+            "bits_per_byte": bits_per_byte,
+            "tokens": windows * T,
+            "bytes": n_bytes,
+            "context_length": T,
+        }
         print(json.dumps(result))
     else:
-        print("   ".join(f"{k} {v:.4f}" for k, v in result.items() if isinstance(v, float)))
+        print(f"loss {loss:.4f}   perplexity {perplexity:.4f}   bits_per_byte {bits_per_byte:.4f}")
         print(f"{windows * T:,} tokens, {n_bytes:,} bytes of text, windows of {T} tokens")
 
 
-# ---------------------------------------------------------------- samples
+# ---- decoding ------------------------------------------------------------------------------------
+
+
+def prepare_for_decoding(model: GPT, rows: int, dtype: torch.dtype) -> GPT:
+    """A copy of the model in ``dtype``, at its fastest with ``rows`` tokens at a time.
+
+    Weights that have this dtype already are shared, not copied.
+    """
+    # deepcopy looks an object's id up in its memo first and uses what it finds there.
+    memo = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()}
+    prepared = copy.deepcopy(model, memo)
+    for module in list(prepared.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear):
+                # A plain attribute and a plain function: looking up a module and its parameters
+                # and calling it, 49 times a token, would cost a CPU another 2% (124M, batch 1).
+                delattr(module, name)
+                setattr(module, name, projection(layer, rows))
+    return prepared
+
+
+def projection(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
+    """The layer as a function, in its fastest form for inputs of ``rows`` rows.
+
+    This is the only place that decides how a matrix is stored for decoding.
+    """
+    weight = layer.weight
+    bias = layer.bias
+    on_mkl = weight.device.type == "cpu" and torch.backends.mkl.is_available()
+    if on_mkl and weight.dtype == torch.float32 and 1 < rows <= 64:
+        # Store the weight also in the order in which MKL reads it: a product with 8 rows takes
+        # down to half the time. These are the operators that Inductor uses for frozen weights; for
+        # another number of rows, as in a prompt, they use the plain weight.
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
+    return partial(F.linear, weight=weight, bias=bias)
+
+
+def decode(
+    model: GPT, cache: Tensor, idx: Tensor, positions: Tensor, end: int | None = None
+) -> Tensor:
+    """fp32 logits (B, 50257) of the token after ``idx`` (B, T): one token, or a prompt from 0 on.
+
+    Its keys and values go to ``positions`` (T,) of the cache (n_layers, 2, B, H, places, D), in
+    which those of all tokens before it stand already; ``end`` is the position after its last.
+    Without ``end`` the attention masks the whole cache, so that all tokens have the same shapes.
+    """
+    # It must mirror GPT.hidden_states, Block.forward and CausalSelfAttention.forward, which know no
+    # cache; tests/test_sampling.py compares the logits. The layers are the model's own modules:
+    # a loop over plain functions only would be 2-3% faster (124M, batch 1, CPU).
+    mask = None
+    if end is None:
+        end = cache.size(4)
+        mask = positions[:, None] >= torch.arange(end, device=idx.device)  # (T, end)
+    B, T = idx.shape
+    x = model.transformer.wte(idx) + model.transformer.wpe(positions)  # (B, T, C)
+    for layer, kv in zip(model.transformer.h, cache, strict=True):  # kv (2, B, H, places, D)
+        block = cast(Block, layer)  # an nn.ModuleList does not know the type of its modules
+        attention = block.attn
+        qkv = attention.c_attn(block.ln_1(x)).view(B, T, 3, attention.n_heads, -1)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        q = qkv[0]
+        kv.index_copy_(3, positions, qkv[1:])
+        k, v = kv[:, :, :, :end]  # (B, H, end, D) each
+        # A single token may attend to all before it, so only a prompt needs to be causal.
+        causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        x = x + attention.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+        x = x + block.mlp(block.ln_2(x))
+    logits = model.lm_head(model.transformer.ln_f(x[:, -1]))  # (B, V): of the last token only
+    # Rows beyond the vocabulary only pad the matrix and must never be sampled.
+    return logits.float()[:, :VOCAB_SIZE]
+
+
+def capture_cuda_graph(step: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
+    """``step`` as a CUDA graph: one launch instead of hundreds, for inputs of these shapes.
+
+    The result is overwritten by the next call.
+    """
+    # A graph reads and writes fixed addresses, so each call copies its inputs to these.
+    fixed_inputs = [x.clone() for x in inputs]
+    step(*fixed_inputs)  # loads the kernels, which must not happen during the capture
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as the loader's or NCCL's, may use the device meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = step(*fixed_inputs)
+
+    def replay(*inputs: Tensor) -> Tensor:
+        for fixed_input, x in zip(fixed_inputs, inputs, strict=True):
+            fixed_input.copy_(x)
+        graph.replay()
+        return output
+
+    return replay
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+def sample_next_token(
+    logits: Tensor,
+    generators: list[torch.Generator],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """Draw one token (B,) for each row of logits (B, V), with a random generator for each row.
+
+    Temperature first, then top-k, then top-p (Holtzman et al. 2019) of what is left. Temperature
+    0 takes the most likely token.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    V = logits.size(1)
+    # A random number for each token, not for each rank: if rounding swaps two tokens of nearly
+    # equal logits, each keeps its number and the draw stays the same.
+    uniform = torch.stack([torch.rand(V, device=logits.device, generator=g) for g in generators])
+    ids = torch.arange(V, device=logits.device).expand_as(logits)  # the token of each column
+    if top_k is not None or top_p is not None:
+        logits, ids = logits.topk(min(top_k or V, V))  # in descending order
+    p = (logits / temperature).softmax(dim=-1)
+    if top_p is not None:
+        before = p.cumsum(dim=-1) - p  # total probability of the more likely tokens
+        p = p.masked_fill(before >= top_p, 0)
+    # argmax(p / e) with exponentially distributed e is distributed as p, and unlike
+    # torch.multinomial it does not make the host wait for the device.
+    exponential = -uniform.gather(1, ids).log()
+    column = (p / exponential).argmax(dim=-1, keepdim=True)  # (B, 1)
+    return ids.gather(1, column)[:, 0]
+
+
+def stream(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next tokens (B * num_samples,) of prompts (B, T), ``max_new_tokens`` times.
+
+    Row i is drawn with a generator of its own, seeded with ``seed + i``, so its text does not
+    depend on the others. Computes in ``dtype``, by default that of the weights.
+    """
+    c = model.config
+    B = idx.size(0)
+    rows = B * num_samples
+    generators = [torch.Generator(idx.device).manual_seed(seed + i) for i in range(rows)]
+    window = idx[:, -c.context_length :]  # the tokens that the model sees
+    cached = 0  # how many of them are in the cache
+    with torch.inference_mode():
+        model = prepare_for_decoding(model, rows, dtype or model.lm_head.weight.dtype)
+        places = min(c.context_length, window.size(1) + max_new_tokens)
+        shape = (c.n_layers, 2, B, c.n_heads, places, c.d_model // c.n_heads)
+        cache = model.transformer.wte.weight.new_zeros(shape)
+    replay: Callable[..., Tensor] | None = None
+    for step in range(max_new_tokens):
+        # Entered for each token: a generator would leave its caller in these modes at a yield.
+        with torch.inference_mode(), torch.autocast(idx.device.type, enabled=False):
+            if cached == c.context_length:
+                # Positions are absolute, so nothing in a full cache can be shifted. The newest
+                # half of the context becomes the prompt of an empty one.
+                window = window[:, -max(1, c.context_length // 2) :]
+                cached = 0
+            T = window.size(1)
+            new = window[:, cached:]  # the prompt, then one token at a time
+            positions = torch.arange(cached, T, device=idx.device)
+            if idx.device.type == "cuda" and cached > 0:
+                if replay is None:
+                    replay = capture_cuda_graph(partial(decode, model, cache), new, positions)
+                logits = replay(new, positions)
+            else:
+                logits = decode(model, cache, new, positions, end=T)
+            cached = T
+            if step == 0 and num_samples > 1:  # a prompt is computed once for all its samples
+                window = window.repeat_interleave(num_samples, dim=0)
+                logits = logits.repeat_interleave(num_samples, dim=0)
+                cache = cache.repeat_interleave(num_samples, dim=2)
+            token = sample_next_token(logits, generators, temperature, top_k, top_p)
+            window = torch.cat((window, token[:, None]), dim=1)
+        yield token
+
+
+def generate(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Prompts (B, T) with up to ``max_new_tokens`` more: (B * num_samples, T + new).
+
+    A row ends at its first ``<|endoftext|>`` and is filled with it. Options as in ``stream``.
+    """
+    tokens = stream(
+        model,
+        idx,
+        max_new_tokens,
+        num_samples=num_samples,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        dtype=dtype,
+    )
+    prompts = idx.repeat_interleave(num_samples, dim=0)
+    new = prompts[:, :0]
+    for n, token in enumerate(tokens, start=1):
+        new = torch.cat((new, token[:, None]), dim=1)
+        # Looking at the tokens waits for the device, so it is not done for each.
+        if n % 16 == 0 and (new == END_OF_TEXT).any(dim=1).all():
+            break
+    ended = (new == END_OF_TEXT).cumsum(dim=1) > 0  # from the first <|endoftext|> of a row on
+    new = new.masked_fill(ended, END_OF_TEXT)
+    longest = int((~ended).sum(dim=1).max())
+    return torch.cat((prompts, new[:, : longest + 1]), dim=1)
+
+
+# ---- command line --------------------------------------------------------------------------------
 
 
 def stream_text(tokens: Iterable[int]) -> Iterator[str]:
     """The text of each token up to <|endoftext|>; part of a character waits for its end."""
+    # A token may end within a character's UTF-8 bytes; the incremental decoder keeps those.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         if token == END_OF_TEXT:
@@ -181,52 +442,69 @@ def stream_text(tokens: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
-def sample(options: EvalOptions, model: GPT, prompt: str, device: torch.device) -> None:
-    """Prints the samples of one prompt and, on standard error, how fast they came."""
+def print_samples(config: EvalConfig, model: GPT, prompt: str, device: torch.device) -> None:
+    """Print the samples of one prompt and, on standard error, how fast they came."""
+    tokenizer = get_tokenizer()
     # An empty prompt is the start of a document, and documents begin with <|endoftext|>.
-    ids = get_tokenizer().encode_ordinary(prompt) or [END_OF_TEXT]
-    idx, n = torch.tensor([ids], device=device), options.max_new_tokens
-    how: dict[str, Any] = {"top_k": options.top_k, "top_p": options.top_p}
-    how["temperature"] = 0.0 if options.greedy else options.temperature
-    seeds = range(options.seed, options.seed + options.num_samples)
-    start, made = time.perf_counter(), 0
-    if options.stream:
+    ids = tokenizer.encode_ordinary(prompt) or [END_OF_TEXT]
+    idx = torch.tensor([ids], device=device)  # (1, T)
+    temperature = 0.0 if config.greedy else config.temperature
+    seeds = range(config.seed, config.seed + config.num_samples)
+    made = 0
+    start = time.perf_counter()
+    if config.stream:
         for seed in seeds:
             print(prompt, end="", flush=True)
-            for text in stream_text(map(int, model.stream(idx, n, seed=seed, **how))):
+            tokens = stream(
+                model,
+                idx,
+                config.max_new_tokens,
+                seed=seed,
+                temperature=temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+            )
+            for text in stream_text(int(token) for token in tokens):
                 print(text, end="", flush=True)
                 made += 1
             print("\n---")
     else:
-        out = model.generate(idx, n, num_samples=options.num_samples, seed=options.seed, **how)
-        for seed, tokens in zip(seeds, out[:, len(ids) :].tolist(), strict=True):
-            kept = tokens[: tokens.index(END_OF_TEXT)] if END_OF_TEXT in tokens else tokens
+        out = generate(
+            model,
+            idx,
+            config.max_new_tokens,
+            num_samples=config.num_samples,
+            seed=config.seed,
+            temperature=temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+        )
+        for seed, row in zip(seeds, out[:, len(ids) :].tolist(), strict=True):
+            kept = row[: row.index(END_OF_TEXT)] if END_OF_TEXT in row else row
             made += len(kept)
-            text = get_tokenizer().decode(kept)
+            text = tokenizer.decode(kept)
             line = {"prompt": prompt, "text": text, "seed": seed, "tokens": len(kept)}
-            print(json.dumps(line) if options.json else f"{prompt}{text}\n---")
+            print(json.dumps(line) if config.json else f"{prompt}{text}\n---")
     seconds = time.perf_counter() - start
     speed = f"{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s"
     print(f"{speed}, {model.lm_head.weight.dtype} on {device}", file=sys.stderr)
 
 
 def main() -> None:
-    options = tyro.cli(EvalOptions, description=__doc__)
-    try:
-        options.check()
-        device = choose_device(options.device)
-        model = GPT.from_pretrained(options.checkpoint).to(device)
-        bf16 = options.dtype == "bf16" or (options.dtype == "auto" and fast_bf16(device))
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        if options.loss:
-            report_loss(options, model, device, dtype)
+    config = tyro.cli(EvalConfig, description=__doc__)
+    with exit_with_one_line():
+        problems = config.validate()
+        if problems:
+            raise ValueError("; ".join(problems))
+        device = choose_device(config.device)
+        dtype = choose_dtype(config.dtype, device)
+        model = GPT.from_pretrained(find_checkpoint(config.checkpoint)).to(device)
+        if config.loss:
+            report_loss(config, model, device, dtype)
             return
         model.to(dtype)
-        for prompt in options.prompt or (line.rstrip("\n") for line in sys.stdin):
-            sample(options, model, prompt, device)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        for prompt in config.prompt or (line.rstrip("\n") for line in sys.stdin):
+            print_samples(config, model, prompt, device)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings does the model find the likeliest?
+"""HellaSwag (Zellers et al. 2019): which of four endings does the model find most likely?
 
 Two conventions are in use, and one pass over the model measures both:
 
     completion   the context as it is; build-nanogpt and llm.c report this one
-    harness      "activity: Context", wiki markup removed; lm-evaluation-harness, its version 1.0
+    harness      "activity: Context", wiki markup removed; lm-evaluation-harness, task version 1.0
 
 Each gives two accuracies. `acc` takes the ending of the highest log-likelihood, `acc_norm` that of
 the highest per token (completion) or per character (harness).
@@ -15,7 +15,6 @@ import functools
 import json
 import math
 import re
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -31,107 +29,72 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import atomic_file, get_tokenizer
-from model import GPT, choose_device, fast_bf16
+import common
+from checkpoint import find_checkpoint
+from dataset import get_tokenizer
+from model import GPT
 
-CONVENTIONS = ("completion", "harness")
-# On a CPU, malloc reuses blocks of up to 32 MB and asks the system for larger ones each time. So
-# the widest tensors are kept at 26 MB: a layer's (tokens, 4 C) at 124M, and the logits, in fp32.
-BATCH_TOKENS = 2048  # inputs of one pass
-HEAD_ROWS = 128  # rows of logits that exist at once
-ROUND_TO = 8  # rows are padded to a multiple of this, so that only some forty lengths occur
-FULL = 0.85  # shorter rows of few examples wait for a batch of their own, of less padding
+# The conventions in the order of `Example.requests`, with their prefixes in the summary.
+CONVENTIONS = {"completion": "", "harness": "harness_"}
+# On a CPU, malloc reuses blocks of up to 32 MB and asks the system for larger ones every time. At
+# 124M in fp32 these two keep the widest tensors, (tokens, 4 C) in an MLP and the logits, at 26 MB.
+BATCH_TOKENS = 2048
+LOGIT_ROWS = 128
+# Rows are padded to a multiple of this, so that only some forty shapes occur.
+ROUND_TO = 8
+# Rows shorter than this fraction of a batch's longest row wait for a batch with less padding.
+MIN_FILL = 0.85
+LOCAL_FILE = "give HellaSwag as a JSONL file with --data (train.py: --hellaswag-data)"
 
 
 @dataclass(frozen=True)
-class HellaSwagOptions:
+class HellaSwagConfig:
     checkpoint: str = "log"
     """A checkpoint, a log folder (its newest checkpoint) or a hub id such as gpt2."""
     data: Path | None = None
     """HellaSwag as a JSONL file. Default: Rowan/hellaswag from the hub."""
     split: Literal["validation", "train"] = "validation"
-    """Split of Rowan/hellaswag; a --data file is taken whole."""
+    """Split of Rowan/hellaswag. Ignored with --data."""
     limit: int | None = None
-    """Only the first so many examples."""
+    """Use only this many examples, from the beginning. Default: all."""
     output: Path | None = None
-    """Write the predictions there, a JSON line for each example."""
+    """Write the predictions to this file, one JSON line for each example."""
     json: bool = False
     """Print the summary as one JSON object."""
     device: str = "auto"
-    """cuda, cuda:1, mps or cpu; auto takes the first there is."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of the matrix products; auto: bf16 where the device has it in hardware."""
+    """cuda, cuda:1, mps or cpu. auto: the machine's accelerator, or the CPU without one."""
+    dtype: common.DtypeName = "auto"
+    """Precision of the matrix products. auto: bf16 where the hardware has it."""
+
+    def validate(self) -> list[str]:
+        """Every problem of these options, one message each."""
+        problems = []
+        if self.limit is not None and self.limit < 1:
+            problems.append(f"--limit {self.limit} must be at least 1")
+        if self.output is not None and not self.output.absolute().parent.is_dir():
+            problems.append(f"--output {self.output}: its folder does not exist; create it first")
+        return problems
 
 
-# ---------------------------------------------------------------- examples
+# ---- examples ------------------------------------------------------------------------------------
 
 
+# eq=False compares by identity: a tuple of 20,084 requests is then a cheap key of pack's cache.
 @dataclass(frozen=True, eq=False)
-class Question:
-    """What one convention makes of an example, in tokens; ``lengths`` divide for acc_norm."""
+class Request:
+    """An example in one convention: a context, and four choices to continue it, as tokens."""
 
+    where: str  # file and line, for messages
     context: list[int]
-    endings: list[list[int]]
-    lengths: list[int]
+    choices: list[list[int]]
+    lengths: list[int]  # what acc_norm divides each choice's log-likelihood by
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    ind: int
-    label: int
-    where: str  # file and line, for messages
-    questions: tuple[Question, Question]  # in the order of CONVENTIONS
-
-
-def clean(text: str) -> str:
-    """Removes the markup of WikiHow texts exactly as the harness does, version 1.0."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-
-def tokenize(raw: dict[str, Any], where: str) -> Example:
-    """Checks and tokenizes an example. ValueError says what is wrong with it, and ``where``."""
-    texts, endings = ("ctx", "ctx_a", "ctx_b", "activity_label"), raw.get("endings")
-    problem = ""
-    if missing := [k for k in texts if not isinstance(raw.get(k), str)]:
-        problem = f"no text in {', '.join(missing)}"
-    elif not raw["ctx"].strip() or not raw["ctx_a"].strip():
-        problem = "its context is empty"
-    elif not isinstance(endings, list) or len(endings) != 4:
-        problem = "endings are not a list of four"
-    elif not all(isinstance(e, str) and e.strip() for e in endings):
-        problem = "an ending is empty or no text"
-    elif str(raw.get("label")) not in ("0", "1", "2", "3"):
-        problem = f"label {raw.get('label')!r} is not 0, 1, 2 or 3"
-    if problem:
-        raise ValueError(f"{where}: {problem}; repair or remove it")
-
-    # The harness encodes context and ending together and moves spaces at the context's end to the
-    # ending. GPT-2's encoding splits before a space, so after that the two may be encoded apart.
-    encode = get_tokenizer().encode_ordinary
-    completion = [encode(f" {ending}") for ending in endings]
-    context = clean(f"{raw['activity_label']}: {raw['ctx_a']} {raw['ctx_b'].capitalize()}")
-    spaces = context[len(context.rstrip()) :]
-    choices = [clean(ending) for ending in endings]
-    harness = [encode(f"{spaces} {choice}") for choice in choices]
-    return Example(
-        ind=raw.get("ind", -1),
-        label=int(raw["label"]),
-        where=where,
-        questions=(
-            Question(encode(raw["ctx"]), completion, [len(e) for e in completion]),
-            Question(encode(context.rstrip()), harness, [len(choice) for choice in choices]),
-        ),
-    )
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file. Raises ValueError with the number of a line that is not one."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for n, line in enumerate(file, start=1):
-            try:
-                yield dict(json.loads(line))
-            except (ValueError, TypeError):
-                raise ValueError(f"{path}, line {n}: not a JSON object; remove it") from None
+    ind: int  # HellaSwag's own number for it
+    label: int  # index of the right choice
+    requests: tuple[Request, ...]  # in the order of CONVENTIONS
 
 
 def load_examples(
@@ -139,128 +102,182 @@ def load_examples(
 ) -> list[Example]:
     """The first ``limit`` examples of a JSONL file, or of Rowan/hellaswag on the hub, tokenized.
 
-    Raises:
-        FileNotFoundError: there is no such file, or the hub cannot be reached.
-        ValueError: a line is malformed; the message has its number.
+    Raises FileNotFoundError when there is no such file or the download fails, and ValueError, with
+    the line's number, when a line is malformed.
     """
     if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; give HellaSwag as JSONL with --data")
+        raise FileNotFoundError(f"{path}: no such file; {LOCAL_FILE}")
     source = f"Rowan/hellaswag {split}" if path is None else str(path)
-    raws = download(split) if path is None else read_jsonl(Path(path))
-    numbered = islice(enumerate(raws, start=1), limit)
-    examples = [tokenize(raw, f"{source}, line {n}") for n, raw in numbered]
+    records = download(split) if path is None else read_jsonl(Path(path))
+    examples = []
+    for number, record in enumerate(islice(records, limit), start=1):
+        examples.append(tokenize(record, where=f"{source}, line {number}"))
     if not examples:
-        raise ValueError(f"{source}: no examples in it; give HellaSwag as JSONL with --data")
+        raise ValueError(f"{source} has no examples; {LOCAL_FILE}")
     return examples
 
 
-def download(split: str) -> Iterable[dict[str, Any]]:
-    """A split of Rowan/hellaswag. FileNotFoundError when it cannot be had."""
+def download(split: str) -> Iterable[Any]:
+    """A split of Rowan/hellaswag. Raises FileNotFoundError when it cannot be downloaded."""
     from datasets import load_dataset
 
     try:
         return load_dataset("Rowan/hellaswag", split=split)
-    except Exception as error:  # its many errors share no class, and all mean the same here
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise FileNotFoundError(
-            f"Rowan/hellaswag: not to be had ({reason}); give HellaSwag as JSONL with --data"
-        ) from None
+    except Exception as error:  # the classes it may raise have no base but this one in common
+        problem = f"Rowan/hellaswag could not be downloaded ({common.first_line(error)})"
+        raise FileNotFoundError(f"{problem}; {LOCAL_FILE}") from None
 
 
-# ---------------------------------------------------------------- packing
+def read_jsonl(path: Path) -> Iterator[Any]:
+    """The value of each line of a JSONL file; None for a line that is not JSON."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                yield None
 
 
-@dataclass(frozen=True, eq=False)
-class Row:
-    """A question as one sequence: the context once, then the inputs of its four endings.
+def validate(record: Any) -> list[str]:
+    """Every problem of an example as HellaSwag publishes it, one message each."""
+    if not isinstance(record, dict):
+        return ["not a JSON object"]
+    problems = []
+    for name in ("activity_label", "ctx", "ctx_a", "ctx_b"):
+        value = record.get(name)
+        if not isinstance(value, str):
+            problems.append(f"{name} is missing or not a string")
+        elif name in ("ctx", "ctx_a") and not value.strip():
+            # The first token of an ending is predicted by the last one of its context.
+            problems.append(f"{name} is empty")
+    endings = record.get("endings")
+    if not isinstance(endings, list) or len(endings) != 4:
+        problems.append("endings is not a list of four")
+    elif not all(isinstance(ending, str) and ending.strip() for ending in endings):
+        problems.append("an ending is empty or not a string")
+    # A number in the original files, a string on the hub, and empty in the test split.
+    label = record.get("label")
+    if str(label) not in ("0", "1", "2", "3"):
+        problems.append(f"label {label!r} is not 0, 1, 2 or 3")
+    return problems
 
-    A token of segment 0 is seen by all that follow it, one of segment k only by those of ending k.
+
+def tokenize(record: Any, where: str) -> Example:
+    """The example of a JSONL line. Raises ValueError with ``where`` when it is malformed."""
+    if problems := validate(record):
+        raise ValueError(f"{where}: {'; '.join(problems)}; repair or remove the line")
+    encode = get_tokenizer().encode_ordinary
+    # As build-nanogpt does: context and ending are encoded apart.
+    choices = [encode(f" {ending}") for ending in record["endings"]]
+    lengths = [len(choice) for choice in choices]
+    completion = Request(where, encode(record["ctx"]), choices, lengths)
+    # The harness moves spaces at the end of the context to the ending, then encodes the two as one
+    # text. GPT-2's encoding splits before a space, so that encoding them apart gives the same.
+    text = clean(f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
+    context = text.rstrip()
+    spaces = text[len(context) :]
+    endings = [clean(ending) for ending in record["endings"]]
+    choices = [encode(f"{spaces} {ending}") for ending in endings]
+    lengths = [len(ending) for ending in endings]
+    harness = Request(where, encode(context), choices, lengths)
+    return Example(record.get("ind", -1), int(record["label"]), requests=(completion, harness))
+
+
+def clean(text: str) -> str:
+    """Remove the markup of WikiHow texts exactly as the harness does."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+# ---- packing -------------------------------------------------------------------------------------
+
+# A request is one row: its context once, then its four choices side by side. An input attends to
+# those before it that belong to the context or to its own choice, which its segment tells, and each
+# choice's positions continue those of the context. So a choice is computed as if it were alone.
+CONTEXT = 1  # 0 is padding
+FIRST_CHOICE = 2
+
+
+def lay_out(request: Request, context_length: int) -> tuple[Tensor, Tensor]:
+    """Lay out a request as a row of L inputs that predict the M tokens of its choices.
+
+    Returns inputs (3, L): token, position, segment; and targets (3, M): token, index of the input
+    that predicts it, choice. Raises ValueError when an ending alone exceeds ``context_length``.
     """
-
-    inputs: list[tuple[int, int, int]]  # token, position, segment
-    scored: list[tuple[int, int, int]]  # place of the input that predicts, token predicted, ending
-
-
-def lay_out(question: Question, context_length: int, where: str) -> Row:
-    """Packs a question for a model of ``context_length``.
-
-    Where context and longest ending do not fit, the context's oldest tokens are dropped for each
-    ending alone, as the harness does; then nothing is shared. Raises ValueError when an ending
-    alone does not fit.
-    """
-    context, longest = question.context, max(map(len, question.endings))
+    longest = max(len(choice) for choice in request.choices)
     if longest > context_length:
-        raise ValueError(
-            f"{where}: an ending of {longest} tokens does not fit the context of {context_length}"
-        )
-    # The last token of an ending is predicted but predicts nothing, so it is no input.
-    shared = context if len(context) + longest <= context_length + 1 else []
-    row = Row([(token, place, 0) for place, token in enumerate(shared)], [])
-    for k, ending in enumerate(question.endings):
-        start = len(row.inputs)
-        inputs = ([] if shared else context[len(ending) - context_length - 1 :]) + ending[:-1]
-        row.inputs.extend((token, len(shared) + i, k + 1) for i, token in enumerate(inputs))
-        places = [*range(len(shared)), *range(start, len(row.inputs))][-len(ending) :]
-        row.scored.extend((place, token, k) for place, token in zip(places, ending, strict=True))
-    return row
+        problem = f"an ending of {longest} tokens does not fit the context of {context_length}"
+        raise ValueError(f"{request.where}: {problem}")
+    # Where context and longest choice do not fit, the harness drops the context's oldest tokens,
+    # fewer for a shorter choice. The choices then share nothing: each has its own copy.
+    fits = len(request.context) + longest - 1 <= context_length
+    shared = request.context if fits else []
+    inputs = [(token, i, CONTEXT) for i, token in enumerate(shared)]
+    targets: list[tuple[int, int, int]] = []
+    for k, choice in enumerate(request.choices):
+        # The last token of a choice is predicted but predicts nothing, so it is not an input.
+        own = choice[:-1]
+        if not fits:
+            own = (request.context + own)[-context_length:]
+        # What the choice attends to, in order. Each of its tokens is predicted by the one before.
+        visible = [*range(len(shared)), *range(len(inputs), len(inputs) + len(own))]
+        predictors = visible[-len(choice) :]
+        inputs += [(token, len(shared) + i, FIRST_CHOICE + k) for i, token in enumerate(own)]
+        targets += [(token, i, k) for token, i in zip(choice, predictors, strict=True)]
+    return torch.tensor(inputs).T, torch.tensor(targets).T
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B rows of nearly equal length, padded to T, with N scored tokens in all."""
+    """B rows of similar length, out of R requests, padded to T; N targets; int64, on the CPU."""
 
-    questions: list[tuple[int, int]]  # (B), a row's example and convention
-    inputs: Tensor  # (3, B, T): tokens, positions, segments
-    scored: Tensor  # (3, N): place among B * T, token, ending among B * 4
-    lengths: Tensor  # (B, 4)
+    inputs: Tensor  # (3, B, T): token, position, segment
+    targets: Tensor  # (3, N): token, predictor among the B * T inputs, choice among all R * 4
 
 
+# A training run evaluates the same examples again and again, so their batches are kept.
 @functools.lru_cache(maxsize=2)
-def pack(
-    examples: tuple[Example, ...], context_length: int, batch_tokens: int = BATCH_TOKENS
-) -> list[Batch]:
-    """All questions, sorted by length, in batches of ``batch_tokens`` inputs or one row.
-
-    A training run evaluates the same examples again and again, so the result is kept.
-    """
-    rows = {
-        (e, q): lay_out(question, context_length, example.where)
-        for e, example in enumerate(examples)
-        for q, question in enumerate(example.questions)
-    }
-    keys, batches = sorted(rows, key=lambda key: len(rows[key].inputs)), []
-    while keys:
-        longest = len(rows[keys[-1]].inputs)
-        T = -(-longest // ROUND_TO) * ROUND_TO
-        last = keys[-max(1, batch_tokens // T) :]
-        chosen = [key for key in last if len(rows[key].inputs) >= FULL * longest]
-        del keys[-len(chosen) :]
-        inputs, scored = np.zeros((len(chosen), T, 3), dtype=np.int64), []
-        inputs[:, :, 2] = -1  # padding: a segment that no token of a row looks at
-        for i, key in enumerate(chosen):
-            inputs[i, : len(rows[key].inputs)] = rows[key].inputs
-            scored += [(i * T + p, token, i * 4 + k) for p, token, k in rows[key].scored]
-        lengths = torch.tensor([examples[e].questions[q].lengths for e, q in chosen])
-        inputs = torch.from_numpy(inputs.transpose(2, 0, 1).copy())
-        batches.append(Batch(chosen, inputs, torch.tensor(scored).T.contiguous(), lengths))
+def pack(requests: tuple[Request, ...], context_length: int) -> list[Batch]:
+    """All requests in batches of at most BATCH_TOKENS inputs, padding included, or one row."""
+    rows = [lay_out(request, context_length) for request in requests]
+    row_lengths = [inputs.size(1) for inputs, _ in rows]
+    # Rows of similar length need little padding. The longest come first, so that memory, if it
+    # does not suffice, runs out at once.
+    waiting = sorted(range(len(rows)), key=lambda i: row_lengths[i])
+    batches = []
+    while waiting:
+        longest = row_lengths[waiting[-1]]
+        T = math.ceil(longest / ROUND_TO) * ROUND_TO
+        candidates = waiting[-max(1, BATCH_TOKENS // T) :]
+        chosen = [i for i in candidates if row_lengths[i] >= MIN_FILL * longest]
+        del waiting[-len(chosen) :]
+        batch_inputs = []
+        batch_targets = []
+        for b, i in enumerate(chosen):
+            inputs, targets = rows[i]
+            batch_inputs.append(F.pad(inputs, (0, T - row_lengths[i])))
+            # b * T inputs come before row b of the batch, and 4 * i choices before request i.
+            batch_targets.append(targets + torch.tensor([[0], [b * T], [4 * i]]))
+        batches.append(Batch(torch.stack(batch_inputs, dim=1), torch.cat(batch_targets, dim=1)))
     return batches
 
 
-# ---------------------------------------------------------------- scoring
+# ---- scoring -------------------------------------------------------------------------------------
 
 
-def log_likelihoods(model: GPT, batch: Batch, device: torch.device) -> Tensor:
-    """Summed log-probabilities (B, 4), in nats, of the endings of a batch; fp32."""
-    tokens, positions, segments = batch.inputs.to(device)  # (B, T) each
-    query, key = segments[:, :, None], segments[:, None, :]
-    mask = ((key == 0) | (key == query)).tril()[:, None]  # (B, 1, T, T)
+def add_log_likelihoods(model: GPT, batch: Batch, scores: Tensor) -> None:
+    """Add a batch's log-probabilities, in nats, to the ``scores`` (R * 4) of all choices, fp32."""
+    tokens, positions, segments = batch.inputs.to(scores.device)  # (B, T) each
+    query = segments[:, :, None]  # (B, T, 1)
+    key = segments[:, None, :]  # (B, 1, T)
+    # Padding attends to itself: with no key at all, a softmax is NaN.
+    mask = ((key == CONTEXT) | (key == query)).tril()[:, None]  # (B, 1, T, T)
     hidden = model.hidden_states(tokens, positions, mask).flatten(0, 1)  # (B * T, C)
-    sums = torch.zeros(tokens.size(0) * 4, device=device)
-    for places, targets, endings in batch.scored.to(device).split(HEAD_ROWS, dim=1):
-        logits = model.lm_head(hidden[places]).float()  # (rows, V)
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        sums.index_add_(0, endings, losses, alpha=-1)
-    return sums.view(-1, 4)
+    # Only the inputs that predict a target go through the head, which is 50,304 columns wide.
+    for targets, predictors, choices in batch.targets.to(scores.device).split(LOGIT_ROWS, dim=1):
+        logits = model.lm_head(hidden[predictors]).float()  # (rows, V)
+        losses = F.cross_entropy(logits, targets, reduction="none")  # (rows)
+        scores.index_add_(0, choices, losses, alpha=-1)
 
 
 @torch.no_grad()
@@ -273,78 +290,77 @@ def predict(
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
 ) -> Tensor:
-    """The endings chosen, (n, 2 conventions, 2) int64: by likelihood, and by it over the length.
+    """The model's choices on every rank, (n, 2 conventions, 2) int64: by acc, and by acc_norm.
 
-    Each rank computes every ``world_size``-th batch, and all of them return the whole. ``model`` is
-    the uncompiled module: the shapes here are not those of training.
+    ``model`` is the uncompiled module. Raises ValueError when an ending exceeds its context.
     """
-    batches = pack(tuple(examples), model.config.context_length)[rank::world_size]
-    chosen = torch.zeros((len(examples), 2, 2), dtype=torch.int64, device=device)
-    # One autocast around all batches converts the weights once.
+    requests = tuple(request for example in examples for request in example.requests)
+    # Ranks share whole batches: smaller parts would mean more padding.
+    batches = pack(requests, model.config.context_length)[rank::world_size]
+    scores = torch.zeros(len(requests) * 4, device=device)
+    # Autocast keeps the weights it has converted until its end, so it surrounds all batches.
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         for batch in tqdm(batches, "HellaSwag", unit="batch", disable=not progress, leave=False):
-            sums = log_likelihoods(model, batch, device)
-            normed = sums / batch.lengths.to(device)
-            e, q = torch.tensor(batch.questions, device=device).T
-            chosen[e, q] = torch.stack((sums.argmax(dim=1), normed.argmax(dim=1)), dim=1)
+            add_log_likelihoods(model, batch, scores)
     if dist.is_initialized():
-        dist.all_reduce(chosen)  # zero on all ranks but one
-    return chosen
+        # Each score is zero on all ranks but one: the sum is exact for any number of ranks.
+        dist.all_reduce(scores)
+    scores = scores.view(-1, 4)  # (R, 4)
+    lengths = torch.tensor([request.lengths for request in requests], device=device)  # (R, 4)
+    chosen = torch.stack((scores.argmax(dim=1), (scores / lengths).argmax(dim=1)), dim=1)  # (R, 2)
+    return chosen.view(len(examples), -1, 2)
 
 
 def summarize(examples: Sequence[Example], chosen: Tensor) -> dict[str, float | int]:
-    """Both conventions' accuracies of the endings ``chosen``, as ``predict`` returns them.
+    """The accuracies of the choices (n, 2, 2) that ``predict`` returns.
 
-    Keys: acc, acc_norm (completion), harness_acc, harness_acc_norm; each with _stderr, which is
-    sqrt(p (1 - p) / (n - 1)) as in the harness; and n.
+    Keys: n; acc and acc_norm (completion); harness_acc and harness_acc_norm; each of the four with
+    _stderr for its standard error, sqrt(p (1 - p) / (n - 1)) as in the harness.
     """
     n = len(examples)
     labels = torch.tensor([example.label for example in examples])
     correct = (chosen.cpu() == labels[:, None, None]).sum(dim=0).tolist()
     summary: dict[str, float | int] = {"n": n}
-    for prefix, counts in zip(("", "harness_"), correct, strict=True):
+    for prefix, counts in zip(CONVENTIONS.values(), correct, strict=True):
         for name, count in zip(("acc", "acc_norm"), counts, strict=True):
             p = count / n
-            summary[prefix + name] = p
+            summary[f"{prefix}{name}"] = p
             summary[f"{prefix}{name}_stderr"] = math.sqrt(p * (1 - p) / max(1, n - 1))
     return summary
 
 
-# ---------------------------------------------------------------- command line
+# ---- command line --------------------------------------------------------------------------------
 
 
 def main() -> None:
-    options = tyro.cli(HellaSwagOptions, description=__doc__)
-    try:
-        if options.limit is not None and options.limit < 1:
-            raise ValueError(f"--limit {options.limit}: must be at least 1")
-        if options.output and not options.output.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{options.output}: its folder does not exist; make it first")
-        device = choose_device(options.device)
-        examples = load_examples(options.data, options.split, options.limit)
-        model = GPT.from_pretrained(options.checkpoint).to(device)
-        bf16 = options.dtype == "bf16" or (options.dtype == "auto" and fast_bf16(device))
-        dtype = torch.bfloat16 if bf16 else torch.float32
+    config = tyro.cli(HellaSwagConfig, description=__doc__)
+    with common.exit_with_one_line():
+        if problems := config.validate():
+            raise ValueError("; ".join(problems))
+        device = common.choose_device(config.device)
+        dtype = common.choose_dtype(config.dtype, device)
+        # Before the model, which may be a download of gigabytes, so that mistakes show early.
+        examples = load_examples(config.data, config.split, config.limit)
+        model = GPT.from_pretrained(find_checkpoint(config.checkpoint)).to(device)
         start = time.perf_counter()
         chosen = predict(model, examples, device, dtype=dtype, progress=True)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"hellaswag.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    summary = summarize(examples, chosen) | {"seconds": time.perf_counter() - start}
-    if options.output:
-        with atomic_file(options.output) as file:
-            for example, pairs in zip(examples, chosen.tolist(), strict=True):
-                line = {"ind": example.ind, "label": example.label}
-                line |= dict(zip(CONVENTIONS, pairs, strict=True))
-                file.write(json.dumps(line).encode() + b"\n")
-    if options.json:
-        print(json.dumps(summary))
-        return
-    for name, prefix in zip(CONVENTIONS, ("", "harness_"), strict=True):
-        keys = (prefix + "acc", prefix + "acc_norm")
-        shown = (f"{k} {summary[k]:.4f} ± {summary[k + '_stderr']:.4f}" for k in keys)
-        print(f"{name:10}  {'   '.join(shown)}")
-    print(f"{len(examples)} examples in {summary['seconds']:.1f} s, {dtype} on {device}")
+        summary = summarize(examples, chosen)
+        summary["seconds"] = time.perf_counter() - start
+        if config.output is not None:
+            with common.atomic_write(config.output) as file:
+                for example, choices in zip(examples, chosen.tolist(), strict=True):
+                    line = {"ind": example.ind, "label": example.label}
+                    line.update(zip(CONVENTIONS, choices, strict=True))
+                    file.write(json.dumps(line).encode() + b"\n")
+        if config.json:
+            print(json.dumps(summary))
+            return
+        for convention, prefix in CONVENTIONS.items():
+            figures = []
+            for name in (f"{prefix}acc", f"{prefix}acc_norm"):
+                figures.append(f"{name} {summary[name]:.4f} ± {summary[f'{name}_stderr']:.4f}")
+            print(f"{convention:10}  {'   '.join(figures)}")
+        print(f"{len(examples)} examples in {summary['seconds']:.1f} s, {dtype} on {device}")
 
 
 if __name__ == "__main__":

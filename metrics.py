@@ -1,28 +1,35 @@
-"""What a run tells: metrics.jsonl, the console, TensorBoard and Weights & Biases.
+"""What a run reports: metrics.jsonl, the console, TensorBoard and Weights & Biases.
 
-Kept out of train.py so that the loop there reads as its chores. One process, rank 0, writes; a
-full disk or a tracker that fails is reported once and never ends a run.
+Rank 0 alone writes. A full disk or a tracker that fails is reported once and never ends a run.
 """
 
+from __future__ import annotations
+
 import json
+import math
 import os
 import platform
-import resource
-import shutil
 import subprocess
 import sys
 import time
 from collections import deque
-from contextlib import suppress
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict, cast
 
 import numpy as np
-import torch
+from tqdm import tqdm
 
-# Dense bf16 peaks in TFLOP/s, from the vendors' data sheets; the first name that fits counts.
+from common import first_line
+
+if TYPE_CHECKING:  # plot.py needs the rows of this module, and not to wait for torch
+    import torch
+    from torch import Tensor
+
+# Dense bf16 peaks in TFLOP/s, from the vendors' data sheets. The first name that is part of the
+# device's counts, so the slower H100s, whose names are longer, stand before the SXM module.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.4,
@@ -37,155 +44,298 @@ PEAK_TFLOPS = {
 }
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU; None for one that is not in the table."""
-    return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+class Row(TypedDict, total=False):
+    """A line of metrics.jsonl. Only kind and step are in all; what is not finite is null."""
+
+    kind: Required[str]
+    step: Required[int]
+    time: float  # seconds since 1970
+    seconds: float  # that an evaluation, a sample or a checkpoint took
+    # kind "run": a process has started
+    config: dict[str, Any]
+    dataset: str  # what the names of the shards begin with
+    versions: dict[str, str | None]
+    resumed_from: str | None
+    # kind "train", for the loss of the weights before the update, and kind "val"
+    loss: float | None
+    ms: float
+    # kind "hellaswag", which also has harness_acc, harness_acc_norm and four standard errors
+    n: int
+    acc: float
+    acc_norm: float
+    # kind "sample"
+    prompt: str
+    text: str
+
+
+def parse_row(line: str) -> Row | None:
+    """A line of metrics.jsonl, or None when it was torn by a kill or is something else."""
+    with suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, dict) and "kind" in row and "step" in row:
+            return cast(Row, row)  # unchecked: other versions may have written other keys
+    return None
+
+
+# ---- facts about the machine ---------------------------------------------------------------------
+
+
+def peak_flops(device_name: str, dtype: str, devices: int = 1) -> float | None:
+    """Dense FLOP/s of that many GPUs in bf16; None for another precision or an unknown GPU."""
+    for name, tflops in PEAK_TFLOPS.items():
+        if dtype == "bfloat16" and name in device_name:
+            return tflops * 1e12 * devices
+    return None
 
 
 def device_name(device: torch.device) -> str:
-    """The model of the GPU or processor."""
+    """The model of the GPU or of the processor."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory ever in use: the GPU's as torch counts it, or this process's."""
+    """The most memory ever in use, in GB: the GPU's as torch counts it, else this process's.
+
+    NaN where the operating system does not record it.
+    """
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes; on a Mac bytes
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)
-
-
-def provenance() -> dict[str, Any]:
-    """The versions and the commit that a run was made with."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"numpy": np.__version__, "cuda": torch.version.cuda}
-    return {"versions": versions, "git_commit": commit}
+        import resource
+    except ImportError:  # Windows has no such module
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes on a Mac, else kilobytes
+
+
+def git_commit() -> str | None:
+    """The commit of these scripts, or None outside a git repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+# ---- trackers ------------------------------------------------------------------------------------
 
 
 class TensorBoard:
-    """Numbers as scalars, in ``tensorboard/`` of the log folder."""
+    """Numbers as scalars in ``tensorboard/`` of the log folder. The methods are a wandb run's."""
 
     def __init__(self, log_dir: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(log_dir / "tensorboard", flush_secs=10)
+        self.finish = self.writer.close
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
 
-    def finish(self) -> None:
-        self.writer.close()
+
+def start_wandb(log_dir: Path, config: dict[str, Any]) -> Any:
+    """A Weights & Biases run. Raises ValueError when it cannot start, or is not logged in."""
+    import wandb
+
+    try:
+        return wandb.init(project="gpt-xs", dir=log_dir, config=config)
+    except wandb.Error as error:
+        remedy = "run `wandb login`, or set WANDB_MODE=offline"
+        raise ValueError(f"--wandb: {first_line(error)}; {remedy}") from error
 
 
-def trackers(log_dir: Path, config: dict[str, Any], tensorboard: bool, wandb: bool) -> list[Any]:
-    """Objects with wandb's ``log(numbers, step)`` and ``finish()`` that also get the numbers.
-
-    Raises ValueError where wandb cannot start, which is mostly a login that is missing.
-    """
-    found: list[Any] = [TensorBoard(log_dir)] if tensorboard else []
-    if wandb:
-        import wandb as package
-
-        try:
-            found.append(package.init(project="gpt-xs", dir=log_dir, config=config))
-        except package.Error as error:
-            remedy = "run `wandb login`, or set WANDB_MODE=offline"
-            raise ValueError(f"--wandb: {first_line(error)}; {remedy}") from error
-    return found
+# ---- the logger ----------------------------------------------------------------------------------
 
 
-def first_line(error: Exception) -> str:
-    """An exception in one line: the first of its text, or its class where it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+@dataclass
+class MetricsLogger:
+    """Where a run's numbers go. Every rank reads them, and only rank 0 (``enabled``) reports."""
 
+    log_dir: Path
+    enabled: bool
+    device: torch.device
+    max_steps: int
+    tokens_per_step: int
+    flops_per_step: int
+    peak_flops: float | None  # of all devices together, per second; None: no MFU is reported
 
-class Metrics:
-    """Where a run's numbers go. Only an ``enabled`` one, rank 0's, writes and speaks."""
+    # What the training loop reads. Checkpoints keep all but the first.
+    stop_requested: bool = False  # by any rank, in a step whose numbers have been read
+    best_val: float = math.inf
+    skipped_in_a_row: int = 0  # updates
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=128))  # of the newest steps
 
-    def __init__(self, log_dir: Path, enabled: bool) -> None:
-        self.path, self.enabled, self.failing = log_dir / "metrics.jsonl", enabled, False
-        self.trackers: list[Any] = []
-        self.live = enabled and sys.stdout.isatty()
-        self.durations: deque[float] = deque(maxlen=100)
+    def __post_init__(self) -> None:
+        self.trackers: list[Any] = []  # of which each has a wandb run's log() and finish()
+        self.write_failed = False  # the newest line: a full disk is reported once, not each step
+        # Steps whose numbers may still be on their way: step, learning rate, stats, arrival.
+        self.pending: deque[tuple[int, float, Tensor, torch.cuda.Event | None]] = deque()
+        self.durations: deque[float] = deque(maxlen=100)  # of the newest steps, in seconds
+        self.step_start = time.perf_counter()
+        # On a terminal a bar that is drawn again at each step. Elsewhere it is disabled, and each
+        # step is a line that stays.
+        self.bar = tqdm(
+            total=self.max_steps,
+            file=sys.stdout,
+            disable=not (self.enabled and sys.stdout.isatty()),
+            dynamic_ncols=True,
+            bar_format="{bar:10} {desc}",
+        )
 
-    def write(self, kind: str, step: int, **values: Any) -> None:
-        """Appends a line to metrics.jsonl and tells the trackers its numbers."""
+    def start(
+        self, step: int, config: dict[str, Any], tensorboard: bool, wandb: bool, **facts: Any
+    ) -> None:
+        """Report that a process starts at ``step``, with its configuration, and start trackers."""
         if not self.enabled:
             return
-        row = {"kind": kind, "step": step, "time": time.time(), **values}
-        # JSON has no NaN: what is not finite, in the settings too, becomes null.
-        row = json.loads(json.dumps(row), parse_constant=lambda _: None)
-        line = json.dumps(row) + "\n"
-        try:
-            with self.path.open("a+b") as file:
-                # A process that was killed, or a full disk, may have left half a line.
-                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                    line = "\n" + line
-                file.write(line.encode())
-            self.failing = False
-        except OSError as error:
-            if not self.failing:
-                self.say(f"{self.path}: {error}; training goes on without these metrics")
-            self.failing = True
-        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-        self._track("log", numbers, step=step)
+        import torch
 
-    def say(self, text: str) -> None:
-        """Prints a line that stays."""
-        if self.enabled:
-            self._print(f"\r\x1b[K{text}\n" if self.live else text + "\n")
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "cuda": torch.version.cuda,
+        }
+        row = {"config": config, **facts, "versions": versions, "git_commit": git_commit()}
+        self.write("run", step, row)
+        # After that line, whose numbers are facts about the run and not curves.
+        if tensorboard:
+            self.trackers.append(TensorBoard(self.log_dir))
+        if wandb:
+            self.trackers.append(start_wandb(self.log_dir, config))
 
-    def train_step(self, step: int, max_steps: int, **values: Any) -> None:
-        """Writes a step and prints it: a line in a file, on a terminal one that changes."""
-        self.write("train", step, **values)
-        self.durations.append(values["ms"] / 1e3)
+    def log_step(self, step: int, lr: float, stats: Tensor) -> None:
+        """Report a step, on a GPU the one before.
+
+        ``stats`` (3,) holds its loss, the ranks' stop requests and the norm of its gradient.
+        """
+        arrived = None
+        if stats.device.type == "cuda":
+            import torch
+
+            # To read them now would leave the GPU without work while the host queues the next step.
+            # Waiting for the step before does not: this one is queued already.
+            stats = stats.to("cpu", non_blocking=True)  # into pinned memory, which torch allocates
+            arrived = torch.cuda.current_stream().record_event()
+        self.pending.append((step, lr, stats, arrived))
+        self.flush(keep=0 if arrived is None else 1)
+
+    def flush(self, keep: int = 0) -> None:
+        """Report the pending steps but the newest ``keep``, waiting for their numbers."""
+        while len(self.pending) > keep:
+            step, lr, stats, arrived = self.pending.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            loss, stop, norm = stats.tolist()
+            self.stop_requested = self.stop_requested or stop > 0
+            self._report_step(step, lr, loss, norm)
+
+    def _report_step(self, step: int, lr: float, loss: float, norm: float) -> None:
+        seconds = time.perf_counter() - self.step_start
+        self.step_start += seconds
+        self.durations.append(seconds)
+        ms = seconds * 1e3
+        tokens_per_s = self.tokens_per_step / seconds
+        mfu = self.flops_per_step / seconds / self.peak_flops if self.peak_flops else None
+        memory_gb = peak_memory_gb(self.device)
+        # A spike shows in standard deviations above the mean of the losses before it.
+        z = 0.0
+        if len(self.losses) >= 16:  # fewer say little about the deviation
+            z = float((loss - np.mean(self.losses)) / np.std(self.losses))
+        if math.isfinite(loss):
+            self.losses.append(loss)
+        skipped = not math.isfinite(norm)  # the optimizer's kernel has decided the same
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+        row: dict[str, Any] = {"loss": loss, "z": z, "lr": lr, "grad_norm": norm, "ms": ms}
+        row.update(tokens_per_s=tokens_per_s, mfu=mfu, memory_gb=memory_gb)
+        if skipped:
+            row["skipped"] = True
+        self.write("train", step, row)
         # The median: the first step compiles, and others may wait for a disk.
-        left = timedelta(seconds=round(median(self.durations) * (max_steps - step - 1)))
-        v = values
-        mfu = f" | mfu {v['mfu']:.1%}" if v["mfu"] else ""
+        left = tqdm.format_interval(float(np.median(self.durations)) * (self.max_steps - step - 1))
         text = (
-            f"step {step:5d}/{max_steps} | loss {v['loss']:7.4f} ({v['z']:+5.2f}z)"
-            f" | norm {v['grad_norm']:7.4f} | lr {v['lr']:.2e} | {v['ms']:7.1f} ms"
-            f" | {v['tokens_per_s']:9,.0f} tok/s{mfu} | {v['memory_gb']:.1f} GB | {left} left"
+            f"step {step:5d}/{self.max_steps} | loss {loss:7.4f} ({z:+5.2f}z) | norm {norm:7.4f}"
+            f" | lr {lr:.2e} | {ms:7.1f} ms | {tokens_per_s:9,.0f} tok/s"
+            f"{f' | mfu {mfu:.1%}' if mfu else ''} | {memory_gb:.1f} GB | {left} left"
         )
-        if self.live:
-            width = shutil.get_terminal_size().columns - 1
-            bar = "█" * round(10 * (step + 1) / max_steps)
-            self._print(f"\r\x1b[K{f'{bar:░<10} {text}'[:width]}")
+        if self.bar.disable:
+            self.print(text)
         else:
-            self.say(text)
-        if values.get("skipped"):
-            self.say(f"step {step:5d} | the gradient is not finite: update skipped")
+            with suppress(OSError, ValueError):
+                self.bar.n = step + 1
+                self.bar.set_description_str(text)
+        if skipped:
+            self.print(f"step {step:5d} | the gradient is not finite: update skipped")
 
-    @staticmethod
-    def _print(text: str) -> None:
-        with suppress(OSError):  # a full disk or a closed pipe behind it ends no run either
-            print(text, end="", flush=True)
+    @contextmanager
+    def timed(self, kind: str, step: int) -> Iterator[dict[str, Any]]:
+        """Report what the block puts into the dictionary, and the seconds that it took."""
+        self.flush()  # or these seconds would count as the pending step's
+        start = time.perf_counter()
+        row: dict[str, Any] = {}
+        yield row
+        self.step_start = time.perf_counter()  # nor do they count as the next step's
+        if row:  # it is empty when there was nothing to do, or it failed
+            row["seconds"] = round(self.step_start - start, 3)
+            self.write(kind, step, row)
+            texts = [f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()]
+            self.print(f"step {step:5d} | {kind}: {', '.join(texts)}")
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl, and pass its numbers on to the trackers."""
+        if not self.enabled:
+            return
+        row = _without_nan({"kind": kind, "step": step, "time": time.time(), **values})
+        line = json.dumps(row).encode() + b"\n"
+        path = self.log_dir / "metrics.jsonl"
+        try:
+            with path.open("a+b") as file:
+                if file.tell():  # a process that was killed, or a full disk, may leave half a line
+                    file.seek(-1, os.SEEK_END)
+                    line = line if file.read(1) == b"\n" else b"\n" + line
+                file.write(line)
+            self.write_failed = False
+        except OSError as error:
+            if not self.write_failed:
+                self.print(f"{path}: {error}; training continues without these metrics")
+            self.write_failed = True
+        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        self._call_trackers("log", numbers, step)
+
+    def print(self, text: str) -> None:
+        """Print a line that stays."""
+        if self.enabled:
+            with suppress(OSError, ValueError):  # a full or closed console must not end the run
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def close(self) -> None:
-        """Ends the live line and the trackers."""
-        if self.live:
-            print()
-        self._track("finish")
+        """End the bar and the trackers."""
+        with suppress(OSError, ValueError):
+            self.bar.close()
+        self._call_trackers("finish")
 
-    def _track(self, method: str, *arguments: Any, **options: Any) -> None:
-        """Calls every tracker; one that fails is said, and left out from then on."""
+    def _call_trackers(self, method: str, *arguments: Any) -> None:
         for tracker in list(self.trackers):
             try:
-                getattr(tracker, method)(*arguments, **options)
-            except Exception as error:  # no tracker is worth a run
+                getattr(tracker, method)(*arguments)
+            except Exception as error:  # no failure of a tracker is worth the run
                 self.trackers.remove(tracker)
                 name = type(tracker).__name__
-                self.say(f"{name}: {first_line(error)}; training goes on without this tracker")
+                self.print(f"{name}: {first_line(error)}; training continues without this tracker")
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them, in nested settings too."""
+    if isinstance(value, dict):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,34 +1,29 @@
-"""Trains GPT-2 on shards of tokens: one device, or torchrun's many, with the same numbers.
+"""Train GPT-2 on shards of tokens: on one device, or on torchrun's many with the same numbers.
 
     torchrun --standalone --nproc_per_node=8 train.py        the default run: 124M, 10B tokens
-    python train.py --preset quickstart                      minutes on a CPU, with no data set
-    python train.py --resume                                 goes on at the newest checkpoint
+    python train.py --preset quickstart                      minutes on a CPU, nothing downloaded
+    python train.py --resume                                 continue from the newest checkpoint
 
-Everything goes to --log-dir: metrics.jsonl, checkpoints that are Hugging Face models, plot.png.
-Step s is the update made after s updates; losses logged for it are those of the weights before.
+Everything is written to --log-dir: metrics.jsonl, plot.png and checkpoints, which are Hugging Face
+models. Step s is the optimizer update that follows s earlier ones, and its loss is that of the
+weights before the update.
 """
 
 import argparse
 import gc
 import importlib.util
 import json
-import math
 import os
-import sys
-import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import Literal
 
-import numpy as np
+import filelock
 import torch
 import torch._functorch.config
 import torch.distributed as dist
 import tyro
-from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -36,25 +31,32 @@ import dataset
 import hellaswag
 import metrics
 import plot
-from data_loader import DataLoader, Share, TokenDataset
-from eval import validation_loss
-from model import GPT, GPTConfig, attention_backends, checkpoints, choose_device, fast_bf16
+from common import (
+    END_OF_TEXT,
+    DistInfo,
+    DtypeName,
+    choose_dtype,
+    exit_with_one_line,
+    first_line,
+    lock_folder,
+)
+from data_loader import StepLayout, TokenDataset, TokenLoader
+from eval import generate, validation_loss
+from metrics import MetricsLogger
+from model import GPT, GPTConfig
+from optim import build_optimizer, learning_rate, wrap_ddp
 
 Preset = Literal["gpt-xs", "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-Result = TypeVar("Result")
-# A step whose numbers may still be on their way: step, learning rate, numbers, their arrival.
-Pending = tuple[int, float, Tensor, torch.cuda.Event | None]
 
-MAX_SKIPPED = 10  # updates skipped in a row before a run is called lost
-SPIKE_WINDOW, SPIKE_LEAST = 128, 16  # steps that a loss is compared with
-# What ends a run without being its user's mistake.
-RUN_FAULTS = (FloatingPointError, ConnectionError, torch.OutOfMemoryError)
-CPU_COMPILE_STEPS = 200  # a run on a CPU repays the minute of compiling from here on
+MAX_SKIPPED = 10  # updates skipped in a row before a run is given up
+CPU_COMPILE_STEPS = 200  # compiling takes a CPU a minute, which shorter runs do not win back
+
+# ---- configuration -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run. --preset sets them all; any other flag overrides the preset."""
+    """Settings of a run. --preset sets all of them; any other flag overrides the preset."""
 
     preset: Preset = "gpt-xs"
     """gpt-xs: GPT-2 124M on 10B tokens. quickstart: a small model on the embedded corpus.
@@ -62,27 +64,27 @@ class TrainConfig:
     data_dir: Path = Path("edu_fineweb10B")
     """Folder of token shards, as dataset.py writes them."""
     log_dir: Path = Path("log")
-    """Where the run is written: metrics.jsonl, step_*/ checkpoints, plot.png, report.md."""
+    """Folder to write to: metrics.jsonl, step_*/ checkpoints, plot.png, report.md."""
     resume: bool = False
-    """Go on at the newest whole checkpoint in --log-dir; start anew where there is none."""
+    """Resume from the latest valid checkpoint in --log-dir, or start from scratch without one."""
     model: GPTConfig = field(default_factory=GPTConfig)
 
     batch_tokens: int = 524_288
-    """Tokens of one step, over all devices."""
+    """Tokens in a step, over all devices."""
     micro_batch: int = 64
-    """Sequences a device computes at once; gradient accumulation fills the step."""
+    """Sequences that a device computes at once; gradient accumulation fills the step."""
     max_steps: int = 19_073
-    """Updates of the whole run."""
+    """Optimizer updates in the whole run."""
     warmup_steps: int = 715
-    """Updates of linear warm-up, before the cosine."""
+    """Updates of linear warm-up before the cosine decay."""
     max_lr: float = 6e-4
     """Learning rate after the warm-up."""
     min_lr: float = 6e-5
     """Learning rate of the last update."""
     weight_decay: float = 0.1
-    """AdamW's decay of tensors with 2 or more dimensions."""
+    """AdamW's weight decay, on tensors of 2 or more dimensions."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient of one update."""
+    """Largest norm of the gradient; a larger one is scaled down to it."""
 
     val_every: int = 250
     """Steps between validation losses; 0: never, like all these intervals."""
@@ -91,28 +93,28 @@ class TrainConfig:
     hellaswag_every: int = 250
     """Steps between HellaSwag accuracies."""
     hellaswag_data: Path | None = None
-    """HellaSwag as a JSONL file; otherwise Rowan/hellaswag from the hub."""
+    """HellaSwag as a JSONL file. Default: Rowan/hellaswag from the hub."""
     sample_every: int = 1000
     """Steps between samples."""
     sample_prompt: str = "Hello, I'm a language model,"
-    """What the samples go on from."""
+    """The text that the samples continue."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; there is one at the end of the run in any case but 0."""
+    """Steps between checkpoints. Unless this is 0 there is also one at the end of the run."""
     keep_checkpoints: int = 3
     """Newest checkpoints to keep; 0: all."""
 
     shuffle: bool = True
-    """Visit the windows in a seeded random order, another each epoch; otherwise in turn."""
+    """Read the data in a seeded random order, a new one each epoch; otherwise in its own order."""
     seed: int = 1337
     """Seed of the initial weights, the order of the data and the samples."""
     device: str = "auto"
-    """cuda, cuda:1, mps or cpu; auto takes the first there is."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """cuda, cuda:1, mps or cpu; auto: the machine's accelerator, or the CPU without one."""
+    dtype: DtypeName = "auto"
     """Precision of the matrix products; auto: bf16 where the device has it in hardware."""
     compile: bool = True
-    """Compile the training step. On a CPU only runs of 200 steps or more repay it."""
+    """Compile the training step. A CPU compiles only runs of 200 steps or more."""
     loss_rows: int | None = None
-    """Tokens whose logits exist at once in the loss. Default by device; 0: all, the plain loss."""
+    """Tokens whose logits exist at once in the loss. Default: by device; 0: all, the plain loss."""
     bf16_grads: bool = False
     """Exchange gradients in bf16: half the traffic between devices, less exact sums."""
     profile: int = 0
@@ -124,487 +126,510 @@ class TrainConfig:
     wandb: bool = False
     """Send the metrics to Weights & Biases too."""
 
-    def problems(self, world_size: int) -> list[str]:
-        """All that is wrong with these settings for ``world_size`` processes, a line each."""
-        c, T = self, self.model.context_length
-        counts = [k for k in vars(c) if k.endswith(("_every", "_steps", "_checkpoints"))]
-        counts += ["profile"] + ["loss_rows"] * (c.loss_rows is not None)
-        found = c.model.problems()
-        found += [f"{k} {getattr(c, k)} is negative" for k in counts if getattr(c, k) < 0]
-        if c.max_steps < 1 or c.warmup_steps > c.max_steps:
-            found.append(f"max_steps {c.max_steps} is below 1 or warmup_steps {c.warmup_steps}")
-        if c.micro_batch < 1 or c.batch_tokens < 1:
-            found.append(f"micro_batch {c.micro_batch} or batch_tokens {c.batch_tokens} is below 1")
-        elif T > 0 and c.batch_tokens % (smallest := c.micro_batch * T * world_size):
-            nearest = max(1, round(c.batch_tokens / smallest)) * smallest
-            found.append(
-                f"batch_tokens {c.batch_tokens} is no multiple of micro_batch {c.micro_batch}"
-                f" x context_length {T} x {world_size} processes; {nearest} would be"
+    def validate(self, world_size: int) -> list[str]:
+        """Every problem of these settings for ``world_size`` processes, one message each."""
+        problems = self.model.validate()
+        add = problems.append
+        for name in ("batch_tokens", "micro_batch", "max_steps"):
+            if getattr(self, name) < 1:
+                add(f"{name} {getattr(self, name)} must be at least 1")
+        intervals = ("val_every", "hellaswag_every", "sample_every", "checkpoint_every")
+        for name in (*intervals, "warmup_steps", "keep_checkpoints", "profile", "loss_rows"):
+            if (getattr(self, name) or 0) < 0:
+                add(f"{name} {getattr(self, name)} must not be negative")
+        if self.warmup_steps > self.max_steps:
+            add(f"warmup_steps {self.warmup_steps} must not exceed max_steps {self.max_steps}")
+        context = self.model.context_length
+        smallest = self.micro_batch * context * world_size  # a micro-step of all processes
+        if smallest > 0 and self.batch_tokens % smallest != 0:
+            nearest = max(1, round(self.batch_tokens / smallest)) * smallest
+            add(
+                f"batch_tokens {self.batch_tokens} must be a multiple of {smallest} (micro_batch"
+                f" {self.micro_batch} x context_length {context} x {world_size} processes);"
+                f" nearest: {nearest}"
             )
-        if not 0 <= c.min_lr <= c.max_lr:
-            found.append(f"min_lr {c.min_lr} is not between 0 and max_lr {c.max_lr}")
-        if not c.grad_clip > 0 or not c.weight_decay >= 0:
-            found.append(f"grad_clip {c.grad_clip} or weight_decay {c.weight_decay} is too small")
-        if c.val_every and c.val_tokens < T:
-            found.append(f"val_tokens {c.val_tokens} is less than one window of {T}")
-        if c.hellaswag_every and c.hellaswag_data and not c.hellaswag_data.is_file():
-            found.append(f"hellaswag_data {c.hellaswag_data}: no such file")
-        for package in ("tensorboard", "wandb"):
-            if getattr(c, package) and not importlib.util.find_spec(package):
-                found.append(f"--{package} needs a package: pip install {package}")
-        return found
+        if not 0 <= self.min_lr <= self.max_lr:
+            add(f"min_lr {self.min_lr} must be between 0 and max_lr {self.max_lr}")
+        if not self.grad_clip > 0:
+            add(f"grad_clip {self.grad_clip} must be greater than 0")
+        if not self.weight_decay >= 0:
+            add(f"weight_decay {self.weight_decay} must not be negative")
+        if self.val_every and self.val_tokens < context:
+            add(f"val_tokens {self.val_tokens} must be at least one window of {context} tokens")
+        data = self.hellaswag_data
+        if self.hellaswag_every and data is not None and not data.is_file():
+            add(f"hellaswag_data {data}: no such file")
+        for package, wanted in (("tensorboard", self.tensorboard), ("wandb", self.wandb)):
+            if wanted and importlib.util.find_spec(package) is None:
+                add(f"--{package} needs a package: pip install {package}")
+        return problems
 
 
-# OpenAI's four sizes at their context of 1024; the peak rates are GPT-3's (Brown et al. 2020, table
-# 2.1), and the micro-batches fit a GPU of 80 GB by the size of their activations.
-OPENAI_SIZES = {
-    "gpt2": (GPTConfig(768, 12, 12, 1024), 6e-4, 64),
-    "gpt2-medium": (GPTConfig(1024, 16, 24, 1024), 3e-4, 32),
-    "gpt2-large": (GPTConfig(1280, 20, 36, 1024), 2.5e-4, 16),
-    "gpt2-xl": (GPTConfig(1600, 25, 48, 1024), 2e-4, 8),
+def openai_size(
+    preset: Preset, d_model: int, n_heads: int, n_layers: int, max_lr: float, micro_batch: int
+) -> TrainConfig:
+    """One of OpenAI's sizes, with their context of 1024.
+
+    Learning rates are GPT-3's (Brown et al. 2020, table 2.1); the micro-batches fit a GPU of 80 GB
+    by the size of their activations.
+    """
+    model = GPTConfig(d_model=d_model, n_heads=n_heads, n_layers=n_layers, context_length=1024)
+    min_lr = max_lr / 10
+    return TrainConfig(
+        preset=preset, model=model, max_lr=max_lr, min_lr=min_lr, micro_batch=micro_batch
+    )
+
+
+QUICKSTART = TrainConfig(
+    preset="quickstart",
+    data_dir=Path("data/quickstart"),
+    log_dir=Path("log/quickstart"),
+    model=GPTConfig(d_model=128, n_heads=4, n_layers=4, context_length=128),  # 7.2M parameters
+    batch_tokens=512,
+    micro_batch=4,
+    max_steps=600,
+    warmup_steps=50,
+    max_lr=1e-3,
+    min_lr=1e-4,
+    val_every=150,
+    val_tokens=16_384,
+    hellaswag_every=0,
+    sample_every=300,
+    sample_prompt="The function returns",
+    checkpoint_every=300,
+    compile=False,  # the compiler would take longer than it saves
+)
+PRESETS: dict[str, TrainConfig] = {
+    config.preset: config
+    for config in (
+        TrainConfig(),
+        QUICKSTART,
+        openai_size("gpt2", d_model=768, n_heads=12, n_layers=12, max_lr=6e-4, micro_batch=64),
+        openai_size(
+            "gpt2-medium", d_model=1024, n_heads=16, n_layers=24, max_lr=3e-4, micro_batch=32
+        ),
+        openai_size(
+            "gpt2-large", d_model=1280, n_heads=20, n_layers=36, max_lr=2.5e-4, micro_batch=16
+        ),
+        openai_size("gpt2-xl", d_model=1600, n_heads=25, n_layers=48, max_lr=2e-4, micro_batch=8),
+    )
 }
-PRESETS = {
-    "gpt-xs": TrainConfig(),
-    "quickstart": TrainConfig(
-        preset="quickstart",
-        data_dir=Path("data/quickstart"),
-        log_dir=Path("log/quickstart"),
-        model=GPTConfig(d_model=128, n_heads=4, n_layers=4, context_length=128),
-        batch_tokens=512,
-        micro_batch=4,
-        max_steps=600,
-        warmup_steps=50,
-        max_lr=1e-3,
-        min_lr=1e-4,
-        val_every=150,
-        val_tokens=16_384,
-        hellaswag_every=0,
-        sample_every=300,
-        sample_prompt="The function returns",
-        checkpoint_every=300,
-        compile=False,  # the compiler would take longer than it saves
-    ),
-} | {
-    name: TrainConfig(preset=name, model=model, max_lr=lr, min_lr=lr / 10, micro_batch=rows)
-    for name, (model, lr, rows) in OPENAI_SIZES.items()
-}
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of update ``step``: linear to max_lr, then a cosine that ends at min_lr."""
-    if step < config.warmup_steps:
-        return config.max_lr * (step + 1) / config.warmup_steps
-    length = max(1, config.max_steps - 1 - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / length)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + cosine * (config.max_lr - config.min_lr)
+# ---- parts of the setup --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among torchrun's: its rank, their number, its device."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @classmethod
-    def join(cls, device: str) -> "World":
-        """Reads torchrun's environment; opens the process group where there are several."""
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        chosen = choose_device(device)
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if size > 1:
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        return cls(rank, size, chosen)
-
-    def broadcast(self, make: Callable[[], Result]) -> Result:
-        """What ``make`` returns on rank 0, on every rank. Its user errors end them all."""
-        box: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                box = [make()]
-            except (ValueError, OSError) as error:
-                box = [error]
-        if self.size > 1:
-            dist.broadcast_object_list(box)
-        if isinstance(box[0], Exception):
-            raise box[0]
-        return box[0]
+def compile_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model, or its DDP wrapper, compiled for shapes that never change."""
+    on_cpu = device.type == "cpu"
+    # A laptop may lack the C++ compiler that Inductor needs: then it runs uncompiled.
+    torch._dynamo.config.suppress_errors = on_cpu
+    # Below 1, norms and GELU are not kept but computed again in the backward pass, which is little
+    # beside a CPU's matrix products. A GPU, which waits for memory, keeps the default.
+    torch._functorch.config.activation_memory_budget = 0.95 if on_cpu else 1.0
+    # Compiling DDP from outside splits the graph at its buckets, so that the all-reduce of the last
+    # layers' gradients overlaps the backward pass of the first.
+    return torch.compile(model, dynamic=False)  # type: ignore[return-value]  # typed as a callable
 
 
-def exchange_in_bf16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """torch's own hook; under its own name DDP refuses it in a build without CUDA."""
-    return bf16_compress_hook(group, bucket)
+def start_profiler(path: Path, steps: int, logger: MetricsLogger) -> torch.profiler.profile:
+    """Trace that many steps, from the fifth on: those before compile and allocate."""
+
+    def write(profiler: torch.profiler.profile) -> None:
+        profiler.export_chrome_trace(str(path))
+        logger.print(f"profile: {path}; open it at https://ui.perfetto.dev")
+
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=3, warmup=1, active=steps, repeat=1),
+        on_trace_ready=write,
+    )
+    profiler.start()
+    return profiler
+
+
+# ---- a run ---------------------------------------------------------------------------------------
 
 
 class Run:
-    """A run's state and its chores; ``fit`` is the order in which they are done."""
+    """The parts of a run, for the training loop and for whoever watches it."""
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
-        self.config, self.world, self.step = config, world, 0
-        self.metrics = metrics.Metrics(config.log_dir, world.rank == 0)
-        bf16 = config.dtype == "bf16" or (config.dtype == "auto" and fast_bf16(world.device))
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
+    def __init__(self, config: TrainConfig, dist_info: DistInfo) -> None:
+        """Open the data, build the model or load it from a checkpoint, and report the start."""
+        self.config = config
+        self.dist_info = dist_info
+        rank = dist_info.rank
+        world_size = dist_info.world_size
+        device = dist_info.device
         context = config.model.context_length
         self.train_data = TokenDataset(config.data_dir, "train", context)
         self.val_data = TokenDataset(config.data_dir, "val", context)
+        # A token that the model lacks would crash the device, hours later and without a name.
         for data in (self.train_data, self.val_data):
-            data.check_tokens(config.model.vocab_size, world.rank, world.size)
+            data.check_tokens(config.model.vocab_size, rank, world_size)
 
         torch.manual_seed(config.seed)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
+        torch.set_float32_matmul_precision("high")  # TF32 for what is computed in fp32
         torch.use_deterministic_algorithms(config.deterministic)
-        if config.deterministic:  # cuBLAS asks for it
+        if config.deterministic:  # required by cuBLAS, before its first call
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        self.model = GPT(config.model).to(world.device)
-        self.model.loss_rows = config.loss_rows
-        groups = self.model.parameter_groups(config.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        self.dtype = choose_dtype(config.dtype, device)
+        # Initialized on the CPU, so that the weights of a seed do not depend on the device.
+        self.model = GPT(config.model).to(device)
+        self.model.loss_chunk_rows = config.loss_rows
+        self.optimizer = build_optimizer(self.model, config.weight_decay)
+        device_name = metrics.device_name(device)
+        dtype_name = str(self.dtype).removeprefix("torch.")
+        self.logger = MetricsLogger(
+            config.log_dir,
+            enabled=rank == 0,
+            device=device,
+            max_steps=config.max_steps,
+            tokens_per_step=config.batch_tokens,
+            flops_per_step=self.model.flops_per_token() * config.batch_tokens,
+            peak_flops=metrics.peak_flops(device_name, dtype_name, world_size),
+        )
+
+        # As plain data, since a checkpoint keeps it: only such data can be read back safely.
         self.settings = json.loads(json.dumps(asdict(config), default=str))
         self.settings["data"] = self.train_data.fingerprint()
-        self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        self.best_val, self.skipped = math.inf, 0
-        self.resumed_from = self.resume()
-        self.saved_step = self.step if self.resumed_from else None
+        self.step = 0  # updates made so far
+        self.saved_step: int | None = None  # of the newest checkpoint
+        resumed_from = self._resume() if config.resume else None
 
-        share = Share(config.batch_tokens // context, config.micro_batch, world.rank, world.size)
-        self.micro_steps = share.micro_steps()
-        order = {"seed": config.seed, "shuffle": config.shuffle, "start_step": self.step}
-        self.loader = DataLoader(self.train_data, share, world.device, **order)
+        # The same weights, wrapped for training. Evaluations, samples and checkpoints use the plain
+        # module: their shapes vary, and the names of its weights have no prefix.
+        self.training_model: torch.nn.Module = self.model
         self.ddp: DistributedDataParallel | None = None
-        self.training_model = self.parallel_and_compiled()
-        self.signal, self.stopping = checkpoint.StopSignal(), False
-        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self.examples: list[Any] | None = None
-        self.pending: Pending | None = None
-        self.announce()
-        self.clock = time.perf_counter()
+        if world_size > 1:
+            self.training_model = self.ddp = wrap_ddp(self.model, device, config.bf16_grads)
+        steps_left = config.max_steps - self.step
+        if config.compile and (device.type != "cpu" or steps_left >= CPU_COMPILE_STEPS):
+            self.training_model = compile_model(self.training_model, device)
 
-    def resume(self) -> Path | None:
-        """Goes on where the newest whole checkpoint stands; returns it."""
+        layout = StepLayout(config.batch_tokens // context, config.micro_batch, rank, world_size)
+        self.micro_steps = layout.micro_steps()
+        windows = layout.batches(len(self.train_data), config.seed, config.shuffle, self.step)
+        # Three steps ahead: enough for the disk to be slow for a moment.
+        self.loader = TokenLoader(self.train_data, windows, device, prefetch=3 * self.micro_steps)
+
+        public_settings = {k: v for k, v in self.settings.items() if k != "data"}
+        self.logger.start(
+            self.step,
+            config=public_settings,
+            tensorboard=config.tensorboard,
+            wandb=config.wandb,
+            dataset=self.train_data.name,
+            parameters=self.model.num_parameters(),
+            device=device_name,
+            world_size=world_size,
+            dtype=dtype_name,
+            resumed_from=resumed_from.name if resumed_from is not None else None,
+        )
+        self.hellaswag_examples = self._load_hellaswag() if config.hellaswag_every else []
+        tokens = len(self.train_data) * context
+        self.logger.print(
+            f"{self.model.num_parameters():,} parameters in {dtype_name} on {world_size} x"
+            f" {device_name}; {config.batch_tokens:,} tokens a step in {self.micro_steps}"
+            f" micro-steps; {config.max_steps * config.batch_tokens / tokens:.2f} epochs of"
+            f" {tokens:,} tokens"
+        )
+        # Not earlier: until here nothing is lost if a signal ends the process at once.
+        self.stop_signal = checkpoint.StopSignal()
+
+    def _resume(self) -> Path | None:
+        """Load the latest valid checkpoint; None when there is none."""
         log_dir = self.config.log_dir
-        if not self.config.resume:
-            return None
-        folder = self.world.broadcast(lambda: checkpoint.newest_whole(log_dir))
+        folder = self.dist_info.run_on_rank_0(lambda: checkpoint.latest_valid(log_dir))
         if folder is None:
             return None
         state = checkpoint.load_state(folder)
-        for line in checkpoint.compare_settings(state["settings"], self.settings, folder):
-            self.metrics.say(f"resuming with another setting: {line}")
+        for change in checkpoint.compare_settings(state.settings, self.settings, folder):
+            self.logger.print(f"resuming with another setting: {change}")
+        # Copied into the model that the optimizer already holds the parameters of.
         self.model.load_state_dict(GPT.from_pretrained(folder).state_dict())
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        self.step, self.best_val, self.skipped = state["step"], state["best_val"], state["skipped"]
-        self.losses.extend(state["losses"])
-        self.metrics.say(f"resumed from {folder}")
+        self.optimizer.load_state_dict(state.optimizer)
+        torch.set_rng_state(state.rng)
+        self.logger.best_val = state.best_val
+        self.logger.skipped_in_a_row = state.skipped
+        self.logger.losses.extend(state.losses)
+        self.step = self.saved_step = state.step
+        self.logger.print(f"resumed from {folder}")
         return folder
 
-    def parallel_and_compiled(self) -> torch.nn.Module:
-        """The module that is trained. Validation and samples use the raw one, ``self.model``."""
-        device, model = self.world.device, self.model
-        if self.world.size > 1:
-            # Not static_graph: with gradient accumulation it stops synchronising (pytorch#187732).
-            ids = [device.index] if device.type == "cuda" else None
-            model = self.ddp = DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
-            if self.config.bf16_grads:
-                self.ddp.register_comm_hook(None, exchange_in_bf16)
-        on_cpu, left = device.type == "cpu", self.config.max_steps - self.step
-        if not self.config.compile or (on_cpu and left < CPU_COMPILE_STEPS):
-            return model
-        # A laptop may lack the C++ compiler that Inductor needs: then it runs uncompiled.
-        torch._dynamo.config.suppress_errors = on_cpu
-        # Below 1, norms and GELU are not kept but computed again in the backward pass, which is
-        # little beside a CPU's matrix products. A GPU, which waits for memory, keeps the default.
-        torch._functorch.config.activation_memory_budget = 0.95 if on_cpu else 1.0
-        # Compiling outside of DDP splits the graph at its buckets, so that the all-reduce of the
-        # last layers' gradients overlaps the backward pass of the first.
-        return torch.compile(model, dynamic=False)
+    def _load_hellaswag(self) -> list[hellaswag.Example]:
+        """Its examples, or none, with a message, where they cannot be loaded or downloaded."""
+        path = self.config.hellaswag_data
+        try:
+            return self.dist_info.run_on_rank_0(lambda: hellaswag.load_examples(path))
+        except (ValueError, OSError) as error:
+            self.logger.print(f"HellaSwag is skipped: {error}")
+            return []
 
-    def announce(self) -> None:
-        """The run's first line, here and in metrics.jsonl."""
-        config, world, parameters = self.config, self.world, self.model.num_parameters()
-        device = metrics.device_name(world.device)
-        peak = metrics.peak_flops(device) if self.dtype == torch.bfloat16 else None
-        self.peak_flops = peak and peak * world.size
-        settings = {k: v for k, v in self.settings.items() if k != "data"}
-        facts = {"parameters": parameters, "device": device, "world_size": world.size}
-        facts |= {"dtype": str(self.dtype).removeprefix("torch."), **metrics.provenance()}
-        resumed = self.resumed_from and self.resumed_from.name
-        self.metrics.write("run", self.step, config=settings, **facts, resumed_from=resumed)
-        if world.rank == 0:
-            where = (config.log_dir, settings, config.tensorboard, config.wandb)
-            self.metrics.trackers = metrics.trackers(*where)
-        tokens = len(self.train_data) * config.model.context_length
-        self.metrics.say(
-            f"{parameters:,} parameters in {facts['dtype']} on {world.size} x {device};"
-            f" {config.batch_tokens:,} tokens a step in {self.micro_steps} micro-steps;"
-            f" {config.max_steps * config.batch_tokens / tokens:.2f} epochs of {tokens:,} tokens"
+
+# ---- what is due between steps -------------------------------------------------------------------
+
+# All of it uses the plain model, since these shapes vary: the compiled one would be compiled again
+# for each of them.
+
+
+def log_validation_loss(run: Run) -> None:
+    with run.logger.timed("val", run.step) as row:
+        loss = validation_loss(
+            run.model,
+            run.val_data,
+            run.config.val_tokens,
+            run.config.micro_batch,
+            run.dist_info.device,
+            rank=run.dist_info.rank,
+            world_size=run.dist_info.world_size,
+            dtype=run.dtype,
         )
+        run.logger.best_val = min(run.logger.best_val, loss)
+        row.update(loss=loss, best=run.logger.best_val)
 
-    def fit(self) -> None:
-        """Trains to the last step, or to a signal."""
-        config = self.config
-        with attention_backends(self.world.device), self.profiler() as profiler:
-            while True:
-                last = self.step >= config.max_steps or self.stopping
-                if self.due(config.val_every):
-                    self.chore("val", self.validate)
-                if self.due(config.hellaswag_every):
-                    self.chore("hellaswag", self.hellaswag)
-                if self.due(config.sample_every) and self.step:
-                    self.chore("sample", self.sample)
-                if self.due(config.checkpoint_every) or (last and config.checkpoint_every):
-                    self.chore("checkpoint", self.save)
-                if last:
-                    break
-                self.update()
-                profiler.step()
-                if self.step % 100 == 1:  # what has lived so long needs no more of gc's looks
-                    gc.collect()
-                    gc.freeze()
-        self.loader.close()
-        self.metrics.close()
 
-    def profiler(self) -> torch.profiler.profile:
-        """Traces ``profile`` steps, the fifth and on: those before compile and allocate."""
-        path = self.config.log_dir / f"trace_rank{self.world.rank}.json"
+def log_hellaswag(run: Run) -> None:
+    if not run.hellaswag_examples:
+        return
+    with run.logger.timed("hellaswag", run.step) as row:
+        predictions = hellaswag.predict(
+            run.model,
+            run.hellaswag_examples,
+            run.dist_info.device,
+            rank=run.dist_info.rank,
+            world_size=run.dist_info.world_size,
+            dtype=run.dtype,
+        )
+        row.update(hellaswag.summarize(run.hellaswag_examples, predictions))
 
-        def write(profiler: torch.profiler.profile) -> None:
-            profiler.export_chrome_trace(str(path))
-            self.metrics.say(f"profile: {path}; open it at https://ui.perfetto.dev")
 
-        def idle(step: int) -> torch.profiler.ProfilerAction:
-            return torch.profiler.ProfilerAction.NONE
+def log_sample(run: Run) -> None:
+    """On rank 0: how the model continues the prompt, the same for the same weights."""
+    if run.dist_info.rank != 0 or run.step == 0:
+        return
+    prompt = run.config.sample_prompt
+    tokenizer = dataset.get_tokenizer()
+    with run.logger.timed("sample", run.step) as row:
+        idx = torch.tensor([tokenizer.encode(prompt)], device=run.dist_info.device)  # (1, T)
+        sample = generate(
+            run.model, idx, max_new_tokens=64, top_k=50, seed=run.config.seed, dtype=run.dtype
+        )
+        tokens = [token for token in sample[0].tolist() if token != END_OF_TEXT]
+        row.update(prompt=prompt, text=tokenizer.decode(tokens))
 
-        active = self.config.profile
-        steps = {"wait": 3, "warmup": 1, "active": active, "repeat": 1}
-        schedule = torch.profiler.schedule(**steps) if active else idle
-        return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
 
-    # -- a step -----------------------------------------------------------------------------------
+def save_checkpoint(run: Run) -> None:
+    """Save this step, on rank 0, unless it is saved already. A full disk does not end the run."""
+    if run.dist_info.rank != 0 or run.step == run.saved_step:
+        return
+    with run.logger.timed("checkpoint", run.step) as row:
+        # Inside the block: by now the logger has read the numbers of the last step.
+        state = checkpoint.TrainingState(
+            step=run.step,
+            optimizer=run.optimizer.state_dict(),
+            rng=torch.get_rng_state(),
+            settings=run.settings,
+            best_val=run.logger.best_val,
+            skipped=run.logger.skipped_in_a_row,
+            losses=list(run.logger.losses),
+        )
+        try:
+            folder = checkpoint.save(
+                run.config.log_dir, run.model, state, keep=run.config.keep_checkpoints
+            )
+        except OSError as error:
+            run.logger.print(f"checkpoint not saved: {error}; training continues")
+        else:
+            run.saved_step = run.step
+            row["path"] = folder.name
 
-    def update(self) -> None:
-        """Accumulates, clips, updates. Nothing in it waits for the device."""
-        if self.launcher and os.getppid() != self.launcher:
-            raise ConnectionError("torchrun has died, and with it what watches over the ranks")
-        loss = self.accumulate()
-        stop = bool(self.signal.name or self.loader.error)
-        stats = torch.stack((loss, torch.full_like(loss, stop)))
-        if self.world.size > 1:  # before the update: if it fails, this step has not been made
-            dist.all_reduce(stats)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        # The fused kernel skips the update where this is 1, without a look from the host. The norm
-        # is that of the averaged gradient, so all ranks decide alike.
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        lr = learning_rate(self.step, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
-        stats, arrived = torch.cat((stats / self.world.size, norm.reshape(1))), None
-        if self.world.device.type == "cuda":
-            stats = torch.empty(3, pin_memory=True).copy_(stats, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        pending = (self.step, lr, stats, arrived)
-        self.step += 1
-        if arrived is not None:  # read the step before, while this one computes
-            pending, self.pending = self.pending, pending
-        self.report(pending)
+# ---- the training loop ---------------------------------------------------------------------------
 
-    def accumulate(self) -> Tensor:
-        """Adds up the gradient of this rank's micro-batches; returns their mean loss."""
-        total = torch.zeros((), device=self.world.device)
-        bf16 = self.dtype == torch.bfloat16
-        for micro_step in range(self.micro_steps):
-            inputs, targets = next(self.loader)
-            if self.ddp is not None:  # gradients are exchanged once a step
-                self.ddp.require_backward_grad_sync = micro_step == self.micro_steps - 1
-            with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
-                loss = self.training_model(inputs, targets) / self.micro_steps
+
+def training_loop(run: Run) -> Iterator[None]:
+    """Train to the last step or to a signal. Yields before each step, for whoever watches.
+
+    ``run.step`` counts the updates. Nothing in a step waits for the device: its numbers are read
+    by the logger, on a GPU one step later.
+    """
+    config = run.config
+    world_size = run.dist_info.world_size
+    device = run.dist_info.device
+    logger = run.logger
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def is_due(every: int) -> bool:
+        return every > 0 and (run.step % every == 0 or run.step >= config.max_steps)
+
+    while True:
+        # ---- what is due before this step
+        last = run.step >= config.max_steps or logger.stop_requested
+        if is_due(config.val_every):
+            log_validation_loss(run)
+        if is_due(config.hellaswag_every):
+            log_hellaswag(run)
+        if is_due(config.sample_every):
+            log_sample(run)
+        if is_due(config.checkpoint_every) or (last and config.checkpoint_every > 0):
+            save_checkpoint(run)
+        if last:
+            break
+        yield
+
+        # An orphan would train on without anybody to stop it when another rank dies.
+        if launcher is not None and os.getppid() != launcher:
+            raise ConnectionError("torchrun has died, and nothing supervises the ranks any more")
+
+        # ---- the gradient of the step, a micro-batch at a time
+        loss_sum = torch.zeros((), device=device)
+        for micro_step in range(run.micro_steps):
+            inputs, targets = next(run.loader)  # (B, T) each
+            # DDP exchanges gradients in the last backward pass of the step only. This is what its
+            # no_sync() sets, without a second copy of the lines below.
+            if run.ddp is not None:
+                run.ddp.require_backward_grad_sync = micro_step == run.micro_steps - 1
+            with torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
+                loss = run.training_model(inputs, targets) / run.micro_steps
             loss.backward()
-            total += loss.detach()
-        return total
+            loss_sum += loss.detach()  # on the device: to read it here would wait for the GPU
 
-    def report(self, pending: Pending | None) -> None:
-        """Logs a step's numbers as soon as they have arrived."""
-        if pending is None:
-            return
-        step, lr, stats, arrived = pending
-        if arrived is not None:
-            arrived.synchronize()
-        loss, stop, norm = stats.tolist()
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
-        self.stopping |= stop > 0
-        skip = {} if math.isfinite(norm) else {"skipped": True}
-        self.skipped = self.skipped + 1 if skip else 0
-        recent = self.losses
-        z = (loss - np.mean(recent)) / np.std(recent) if len(recent) >= SPIKE_LEAST else 0.0
-        if math.isfinite(loss):
-            recent.append(loss)
-        config, speed = self.config, self.config.batch_tokens / seconds
-        mfu = self.peak_flops and self.model.flops_per_token() * speed / self.peak_flops
-        memory = metrics.peak_memory_gb(self.world.device)
-        numbers = {"loss": loss, "z": float(z), "lr": lr, "grad_norm": norm, "ms": seconds * 1e3}
-        speeds = {"tokens_per_s": speed, "mfu": mfu, "memory_gb": memory}
-        self.metrics.train_step(step, config.max_steps, **numbers, **speeds, **skip)
-        if self.skipped == MAX_SKIPPED:
-            good = next(iter(checkpoints(config.log_dir)), "none")
+        # ---- the mean loss of all ranks, and whether one of them has to stop. Before the update:
+        # ---- if this fails because a rank has died, the step has not been made.
+        stop = bool(run.stop_signal.name or run.loader.error)
+        stats = torch.stack((loss_sum, torch.full_like(loss_sum, stop)))
+        if world_size > 1:
+            dist.all_reduce(stats)
+            stats /= world_size
+
+        # ---- clip, set the learning rate, update
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+        # The fused kernel skips the update where this is 1, without asking the host. The norm is
+        # that of the averaged gradient, so all ranks decide alike.
+        run.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        lr = learning_rate(
+            run.step, config.max_steps, config.warmup_steps, config.max_lr, config.min_lr
+        )
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+
+        # ---- log
+        logger.log_step(run.step, lr, torch.cat((stats, norm.reshape(1))))
+        run.step += 1
+        if logger.skipped_in_a_row == MAX_SKIPPED:
+            good = next(iter(checkpoint.list_checkpoints(config.log_dir)), "none")
             raise FloatingPointError(
                 f"{MAX_SKIPPED} gradients in a row were not finite; last good checkpoint: {good}"
             )
+        # The garbage collector would look through all that lives as long as the run, again and
+        # again, for milliseconds each time.
+        if run.step % 100 == 1:
+            gc.collect()
+            gc.freeze()
 
-    # -- chores -----------------------------------------------------------------------------------
-
-    def due(self, every: int) -> bool:
-        """Whether a chore of this interval is due before this step, or at the end."""
-        return every > 0 and (self.step % every == 0 or self.step >= self.config.max_steps)
-
-    def chore(self, kind: str, work: Callable[[], dict[str, Any]]) -> None:
-        """Does it and logs what it returns; none of its time counts as training."""
-        pending, self.pending = self.pending, None
-        self.report(pending)
-        start = time.perf_counter()
-        values = work()
-        self.clock = time.perf_counter()
-        if values:
-            values["seconds"] = round(self.clock - start, 3)
-            self.metrics.write(kind, self.step, **values)
-            shown = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in values.items()}
-            text = ", ".join(f"{k} {v}" for k, v in shown.items())
-            self.metrics.say(f"step {self.step:5d} | {kind}: {text}")
-
-    def validate(self) -> dict[str, Any]:
-        """The loss on the first ``val_tokens`` validation tokens, shared among the ranks."""
-        tokens, rows = self.config.val_tokens, self.config.micro_batch
-        where = {"rank": self.world.rank, "world_size": self.world.size, "dtype": self.dtype}
-        device = self.world.device
-        loss = validation_loss(self.model, self.val_data, tokens, rows, device, **where)
-        self.best_val = min(self.best_val, loss)
-        return {"loss": loss, "best": self.best_val}
-
-    def hellaswag(self) -> dict[str, Any]:
-        """HellaSwag's accuracies. Where its examples cannot be had, says so once."""
-        world, data = self.world, self.config.hellaswag_data
-        if self.examples is None:
-            try:
-                self.examples = world.broadcast(lambda: hellaswag.load_examples(data))
-            except (ValueError, OSError) as error:
-                self.examples = []
-                self.metrics.say(f"HellaSwag is left out: {error}")
-        if not self.examples:
-            return {}
-        where = (world.device, world.rank, world.size, self.dtype)
-        chosen = hellaswag.predict(self.model, self.examples, *where)
-        return hellaswag.summarize(self.examples, chosen)
-
-    def sample(self) -> dict[str, Any]:
-        """A sample, the same one for the same weights."""
-        if self.world.rank:
-            return {}
-        tokenizer, prompt = dataset.get_tokenizer(), self.config.sample_prompt
-        idx = torch.tensor([tokenizer.encode(prompt)], device=self.world.device)
-        out = self.model.generate(idx, 64, top_k=50, seed=self.config.seed, dtype=self.dtype)
-        tokens = [token for token in out[0].tolist() if token != dataset.END_OF_TEXT]
-        return {"prompt": prompt, "text": tokenizer.decode(tokens)}
-
-    def save(self) -> dict[str, Any]:
-        """Writes a checkpoint. Where it cannot be written, says so and goes on."""
-        if self.world.rank or self.step == self.saved_step:
-            return {}
-        state = {
-            "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "settings": self.settings,
-            "best_val": self.best_val,
-            "skipped": self.skipped,
-            "losses": list(self.losses),
-        }
-        config = self.config
-        try:
-            keep = config.keep_checkpoints
-            path = checkpoint.save(config.log_dir, self.step, self.model, state, keep)
-        except OSError as error:
-            self.metrics.say(f"no checkpoint: {error}; training goes on")
-            return {}
-        self.saved_step = self.step
-        return {"path": path.name}
+    run.loader.close()
+    logger.close()
 
 
-def prepare(config: TrainConfig, world_size: int) -> IO[str]:
-    """Checks settings and data, writes the quickstart's shards; returns the log folder's lock."""
-    problems = config.problems(world_size)
+# ---- the whole run -------------------------------------------------------------------------------
+
+
+def prepare(config: TrainConfig, world_size: int) -> filelock.BaseFileLock:
+    """Check settings and data, write the quickstart's shards, and lock the log folder."""
+    problems = config.validate(world_size)
     if problems:
         raise ValueError("; ".join(problems))
-    if config.preset != "quickstart":  # whose shards are written below
+    quickstart = config.preset == "quickstart"
+    if not quickstart:  # whose shards are written below
         TokenDataset(config.data_dir, "train", config.model.context_length)
-    lock = checkpoint.lock(config.log_dir)
-    if not config.resume and checkpoint.holds_run(config.log_dir):
-        raise ValueError(f"{config.log_dir} holds a run: --resume it or give another --log-dir")
-    if config.preset == "quickstart" and not any(config.data_dir.glob("*.npy")):
-        corpus = {"source": "stdlib", "shard_size": 50_000}
-        dataset.prepare(dataset.DatasetConfig(data_dir=config.data_dir, **corpus))
+    lock = lock_folder(config.log_dir, flag="--log-dir")
+    if not config.resume and checkpoint.contains_run(config.log_dir):
+        raise ValueError(
+            f"{config.log_dir} contains a run; continue it with --resume or give another --log-dir"
+        )
+    if quickstart and not any(config.data_dir.glob("*.npy")):
+        dataset.prepare(
+            dataset.DatasetConfig(source="stdlib", data_dir=config.data_dir, shard_size=50_000)
+        )
     return lock
 
 
-def train(config: TrainConfig, world: World) -> None:
-    """The whole run. Raises ValueError or OSError for a user's mistake."""
-    locks: list[IO[str]] = []  # held until the run ends
-    world.broadcast(lambda: locks.append(prepare(config, world.size)))
-    run = Run(config, world)
+def train(
+    config: TrainConfig, dist_info: DistInfo, on_step: Callable[[Run], None] | None = None
+) -> None:
+    """The whole run; ``on_step`` is called before each step.
+
+    Raises ValueError or FileNotFoundError for a user's mistake, ConnectionError when another rank
+    has died, FloatingPointError when the gradients stay infinite.
+    """
+    locks: list[filelock.BaseFileLock] = []  # held until the run has ended
+    dist_info.run_on_rank_0(lambda: locks.append(prepare(config, dist_info.world_size)))
+    run = Run(config, dist_info)
+    profiler: torch.profiler.profile | None = None
+    if config.profile:
+        trace = config.log_dir / f"trace_rank{dist_info.rank}.json"
+        profiler = start_profiler(trace, config.profile, run.logger)
     try:
-        run.fit()
+        for steps_done, _ in enumerate(training_loop(run)):
+            if profiler is not None and steps_done > 0:
+                profiler.step()
+            if on_step is not None:
+                on_step(run)
     except (OSError, RuntimeError) as error:  # a shard is gone, a rank has died, memory is out
-        if config.checkpoint_every:
-            run.chore("checkpoint", run.save)
+        if config.checkpoint_every > 0:
+            save_checkpoint(run)
         if isinstance(error, dist.DistBackendError) or "gloo" in str(error):
-            reason = str(error).splitlines()[0]
             raise ConnectionError(
-                f"another rank has died after step {run.step}: see its message, then go on with"
-                f" the same command and --resume ({reason})"
+                f"another rank has failed after step {run.step}: see its message, then resume with"
+                f" the same command and --resume ({first_line(error)})"
             ) from error
         raise
-    say, log_dir = run.metrics.say, config.log_dir
+    if profiler is not None:
+        profiler.stop()
+    if run.loader.error is not None and run.step < config.max_steps:
+        raise run.loader.error
+    if dist_info.rank == 0:
+        report_end(run)
+
+
+def report_end(run: Run) -> None:
+    """Print how the run ended; draw a finished one."""
+    config = run.config
     if run.step < config.max_steps:
-        if run.loader.error:
-            raise run.loader.error
-        name = run.signal.name or "another rank"
         saved = run.saved_step is not None
-        how = "go on with the same command and --resume" if saved else "there is no checkpoint"
-        say(f"stopped by {name} after {run.step} steps; {how}")
-    elif world.rank == 0:
-        try:
-            plot.plot_run(log_dir)
-        except (ValueError, OSError, ImportError) as error:
-            say(f"no plot: {error}")
-        say(f"done: metrics.jsonl, plot.png, report.md and checkpoints are in {log_dir}/; now try")
-        say(f'python eval.py --checkpoint {log_dir} --prompt "{config.sample_prompt}"')
+        remedy = "resume with the same command and --resume" if saved else "there is no checkpoint"
+        name = run.stop_signal.name or "another rank"
+        run.logger.print(f"stopped by {name} after {run.step} steps; {remedy}")
+        return
+    try:
+        plot.plot_run(config.log_dir)
+    except (ValueError, OSError, ImportError) as error:
+        run.logger.print(f"no plot: {error}")
+    run.logger.print(
+        f"done: metrics.jsonl, plot.png, report.md and checkpoints are in {config.log_dir}/; now"
+        f' try\npython eval.py --checkpoint {config.log_dir} --prompt "{config.sample_prompt}"'
+    )
 
 
-def main() -> None:
-    """Reads the flags: --preset chooses the defaults that the other flags override."""
+def main(on_step: Callable[[Run], None] | None = None) -> None:
+    """Read the flags: --preset chooses the defaults, which the other flags override."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="gpt-xs")
-    rank = os.environ.get("RANK", "0")
-    try:
-        preset = PRESETS[parser.parse_known_args()[0].preset]
-        config = tyro.cli(TrainConfig, default=preset, description=__doc__)
-        train(config, World.join(config.device))
-    except (ValueError, OSError, *RUN_FAULTS) as error:
-        message = str(error)
-        if isinstance(error, torch.OutOfMemoryError):
+    preset = PRESETS[parser.parse_known_args()[0].preset]
+    config = tyro.cli(TrainConfig, default=preset, description=__doc__)
+    with exit_with_one_line():
+        try:
+            train(config, DistInfo.initialize(config.device), on_step)
+        except torch.OutOfMemoryError as error:
             half = max(1, config.micro_batch // 2)
-            message = f"out of GPU memory at --micro-batch {config.micro_batch}; use {half}"
-        print(f"train.py: {message}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, RUN_FAULTS) else 2) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+            raise MemoryError(
+                f"out of GPU memory at --micro-batch {config.micro_batch}; use {half}"
+            ) from error
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 if __name__ == "__main__":

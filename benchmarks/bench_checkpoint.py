@@ -14,16 +14,17 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import checkpoint
+from checkpoint import TrainingState
 from model import GPT, GPTConfig
+from optim import build_optimizer
 
 BLOCK = 64 << 20  # bytes of one write call of the plain write
 
@@ -42,16 +43,23 @@ class Options:
     """Transformer blocks: 12 is the 124M model, fewer a quick look."""
 
 
-def make(options: Options) -> tuple[GPT, torch.optim.AdamW, dict[str, Any]]:
-    """A model, its optimizer after one step, and the state that train.py saves."""
+def build(options: Options) -> tuple[GPT, torch.optim.AdamW, TrainingState]:
+    """A model, its optimizer after one step, and a state like the one that train.py saves."""
     model = GPT(GPTConfig(n_layers=options.layers)).to(options.device)
-    groups = model.parameter_groups(0.1)
-    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
+    optimizer = build_optimizer(model, weight_decay=0.1)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    state = dict.fromkeys(checkpoint.KEYS) | {"optimizer": optimizer.state_dict()}
+    state = TrainingState(
+        step=0,
+        optimizer=optimizer.state_dict(),
+        rng=torch.get_rng_state(),
+        settings={},
+        best_val=0.0,
+        skipped=0,
+        losses=[],
+    )
     return model, optimizer, state
 
 
@@ -69,45 +77,49 @@ def plain_write(path: Path, size: int) -> float:
 
 
 def resume(log_dir: Path, optimizer: torch.optim.AdamW) -> tuple[float, float]:
-    """Seconds to check the newest checkpoint, and to load it."""
+    """Seconds to verify the newest checkpoint, and to load it."""
     start = time.perf_counter()
-    folder = checkpoint.newest_whole(log_dir)
-    checked = time.perf_counter()
+    folder = checkpoint.latest_valid(log_dir)
+    verified = time.perf_counter()
     assert folder is not None
     state = checkpoint.load_state(folder)
     GPT.from_pretrained(folder)
-    optimizer.load_state_dict(state["optimizer"])
-    return checked - start, time.perf_counter() - checked
+    optimizer.load_state_dict(state.optimizer)
+    return verified - start, time.perf_counter() - verified
+
+
+def spread(seconds: list[float]) -> str:
+    """The fastest and the slowest round."""
+    return f"({min(seconds):.2f} to {max(seconds):.2f})"
 
 
 def main() -> None:
-    """Prints one line for each measure."""
+    """Print a line for each measure."""
     options = tyro.cli(Options, description=__doc__)
     log_dir = Path(tempfile.mkdtemp(prefix=".bench_checkpoint_", dir=options.folder))
     try:
-        model, optimizer, state = make(options)
-        saves, plains = [], []
+        model, optimizer, state = build(options)
+        saves = []
+        plains = []
         for step in range(options.rounds):
             start = time.perf_counter()
-            saved = checkpoint.save(log_dir, step, model, state, keep=1)
+            saved = checkpoint.save(log_dir, model, replace(state, step=step), keep=1)
             saves.append(time.perf_counter() - start)
             for thread in set(threading.enumerate()) - {threading.main_thread()}:
                 thread.join()  # deleting the checkpoint before it must not slow the plain write
             size = sum(file.stat().st_size for file in saved.iterdir())
             plains.append(plain_write(log_dir / "plain", size))
-        checking, loading = resume(log_dir, optimizer)
-        save, plain = statistics.median(saves), statistics.median(plains)
+        verifying, loading = resume(log_dir, optimizer)
+        save = statistics.median(saves)
+        plain = statistics.median(plains)
         print(f"{model.num_parameters():,} parameters, {size:,} bytes on disk")
-        print(f"save         {save:6.2f} s  {size / save / 1e9:5.2f} GB/s  {_range(saves)}")
-        print(f"plain write  {plain:6.2f} s  {size / plain / 1e9:5.2f} GB/s  {_range(plains)}")
-        print(f"share        {plain / save:6.1%} of the plain write's speed")
-        print(f"resume       {checking + loading:6.2f} s  check {checking:.2f}, load {loading:.2f}")
+        print(f"save         {save:6.2f} s  {size / save / 1e9:5.2f} GB/s  {spread(saves)}")
+        print(f"plain write  {plain:6.2f} s  {size / plain / 1e9:5.2f} GB/s  {spread(plains)}")
+        print(f"ratio        {plain / save:6.1%} of the plain write's speed")
+        seconds = verifying + loading
+        print(f"resume       {seconds:6.2f} s  verify {verifying:.2f}, load {loading:.2f}")
     finally:
         shutil.rmtree(log_dir, ignore_errors=True)
-
-
-def _range(seconds: list[float]) -> str:
-    return f"({min(seconds):.2f} to {max(seconds):.2f})"
 
 
 if __name__ == "__main__":

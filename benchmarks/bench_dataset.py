@@ -139,13 +139,14 @@ def ceiling(data: Path, workers: int, out: Path) -> tuple[float, float, np.ndarr
 def run_one(way: str, data: Path, workers: int) -> None:
     dataset.get_tokenizer()
     with tempfile.TemporaryDirectory() as out:
-        seconds, cpu, tokens = globals()[way](data, workers, Path(out))
+        run = {"ours": ours, "recipe": recipe, "ceiling": ceiling}[way]
+        seconds, cpu, tokens = run(data, workers, Path(out))
     own, child = (
         resource.getrusage(who).ru_maxrss / 1024
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     result = {"tokens": len(tokens), "seconds": seconds, "cpu": cpu, "own": own, "child": child}
-    print(json.dumps(result | {"sha256": hashlib.sha256(tokens).hexdigest()}))
+    print(json.dumps(result | {"sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}))
 
 
 def embedded_corpus(folder: Path) -> Path:

@@ -2,9 +2,9 @@
 
 Rows: hellaswag.py's two conventions from one pass, and each of them alone; the recipe of
 build-nanogpt (one example at a time, four padded rows, full logits; it measures the completion
-convention only); `lm_eval` with the best of several batch sizes (it measures the harness convention
-only). All use the same random weights of GPT-2 124M, the same examples, the same precision. The
-rows take turns, round by round, and each reports its best round.
+convention only); `lm_eval` with several batch sizes (it measures the harness convention only). All
+use the same random weights of GPT-2 124M, the same examples, the same precision. The rows take
+turns, round by round, and each reports its best round.
 
 Example: python benchmarks/bench_hellaswag.py --data hellaswag_val.jsonl --examples 24
 """
@@ -12,9 +12,11 @@ Example: python benchmarks/bench_hellaswag.py --data hellaswag_val.jsonl --examp
 import dataclasses
 import json
 import logging
+import math
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +26,12 @@ import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
 import hellaswag
-from model import GPT, GPTConfig, choose_device
+from dataset import get_tokenizer, save_tokenizer
+from model import GPT, GPTConfig
+
+Records = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -44,38 +50,50 @@ class Options:
     """cuda, cuda:1, mps or cpu."""
 
 
+def tokenize(records: Records, convention: str = "both") -> list[hellaswag.Example]:
+    """The examples in both conventions or in one of them."""
+    examples = [hellaswag.tokenize(record, where="data") for record in records]
+    if convention == "both":
+        return examples
+    i = list(hellaswag.CONVENTIONS).index(convention)
+    return [dataclasses.replace(e, requests=e.requests[i : i + 1]) for e in examples]
+
+
 @torch.no_grad()
-def recipe(model: GPT, raws: list[dict[str, Any]], device: torch.device) -> list[Any]:
+def recipe(model: GPT, records: Records, device: torch.device) -> list[tuple[int, int]]:
     """build-nanogpt's measurement, as it describes it: one example at a time, padded, in full."""
-    encode = hellaswag.get_tokenizer().encode_ordinary
+    encode = get_tokenizer().encode_ordinary
     chosen = []
-    for raw in raws:
-        context = encode(raw["ctx"])
-        endings = [encode(" " + ending) for ending in raw["endings"]]
-        T = len(context) + max(map(len, endings))
-        rows, mask = torch.zeros((4, T), dtype=torch.int64), torch.zeros((4, T))
+    for record in records:
+        context = encode(record["ctx"])
+        endings = [encode(" " + ending) for ending in record["endings"]]
+        T = len(context) + max(len(ending) for ending in endings)
+        rows = torch.zeros((4, T), dtype=torch.int64)
+        mask = torch.zeros((4, T))  # 1 where a token of an ending is predicted
         for k, ending in enumerate(endings):
-            rows[k, : len(context) + len(ending)] = torch.tensor(context + ending)
-            mask[k, len(context) : len(context) + len(ending)] = 1
-        rows, mask = rows.to(device), mask.to(device)
-        logits = model(rows)[:, :-1]
+            end = len(context) + len(ending)
+            rows[k, :end] = torch.tensor(context + ending)
+            mask[k, len(context) : end] = 1
+        rows = rows.to(device)
+        mask = mask[:, 1:].to(device)
+        logits = model(rows)[:, :-1]  # (4, T - 1, V)
         losses = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
-        losses = losses.view(4, -1) * mask[:, 1:]
-        sums = losses.sum(1)
-        chosen.append((int(sums.argmin()), int((sums / mask[:, 1:].sum(1)).argmin())))
+        sums = (losses.view(4, -1) * mask).sum(dim=1)  # (4)
+        chosen.append((int(sums.argmin()), int((sums / mask.sum(dim=1)).argmin())))
     return chosen
 
 
-def work(model: GPT, raws: list[dict[str, Any]]) -> tuple[float, float]:
+def count_multiplications(model: GPT, records: Records) -> tuple[int, int]:
     """Multiplications by weights that hellaswag.py's completion row and the recipe make."""
     head = model.lm_head.weight.numel()
-    body = sum(p.numel() for p in model.transformer["h"].parameters() if p.dim() == 2)
-    examples = [hellaswag.tokenize(raw, "data") for raw in raws]
-    alone = tuple(dataclasses.replace(e, questions=e.questions[:1]) for e in examples)
-    batches = hellaswag.pack(alone, model.config.context_length)
-    ours = sum(b.inputs[0].numel() * body + b.scored.size(1) * head for b in batches)
-    questions = [example.questions[0] for example in examples]
-    padded = sum(4 * (len(q.context) + max(map(len, q.endings))) for q in questions)
+    body = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
+    requests = tuple(example.requests[0] for example in tokenize(records, "completion"))
+    ours = 0
+    for batch in hellaswag.pack(requests, model.config.context_length):
+        ours += batch.inputs[0].numel() * body + batch.targets.size(1) * head
+    padded = 0
+    for request in requests:
+        padded += 4 * (len(request.context) + max(len(choice) for choice in request.choices))
     return ours, padded * (body + head)
 
 
@@ -88,81 +106,86 @@ class Harness:
         precision = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
         self.model = HFLM(str(folder), device=str(device), dtype=precision, batch_size=batch)
 
-    def __call__(self, raws: list[dict[str, Any]]) -> None:
+    def __call__(self, records: Records) -> None:
         from lm_eval.api.instance import Instance
 
-        requests = []
-        for raw in raws:
-            context = f"{raw['activity_label']}: {raw['ctx_a']} {raw['ctx_b'].capitalize()}"
-            requests += [
-                Instance(
+        instances = []
+        for record in records:
+            context = (
+                f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
+            )
+            for k, ending in enumerate(record["endings"]):
+                instance = Instance(
                     request_type="loglikelihood",
-                    doc=raw,
+                    doc=record,
                     arguments=(hellaswag.clean(context), f" {hellaswag.clean(ending)}"),
                     idx=k,
                 )
-                for k, ending in enumerate(raw["endings"])
-            ]
-        self.model.loglikelihood(requests, disable_tqdm=True)
+                instances.append(instance)
+        self.model.loglikelihood(instances, disable_tqdm=True)
+
+
+def time_rows(
+    rows: dict[str, Callable[[Records], Any]], records: Records, rounds: int
+) -> dict[str, float]:
+    """Examples a second of each row in its best round."""
+    for row in rows.values():
+        row(records[:2])  # warm up
+    best = dict.fromkeys(rows, math.inf)
+    for _ in range(rounds):
+        for name, row in rows.items():
+            start = time.perf_counter()
+            row(records)
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: len(records) / seconds for name, seconds in best.items()}
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     logging.disable(logging.WARNING)
-    device = choose_device(options.device)
-    bf16 = options.dtype == "bf16"
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    device = common.choose_device(options.device)
+    dtype = common.choose_dtype(options.dtype, device)
     lines = options.data.read_text("utf-8").splitlines()
-    raws = [json.loads(line) for line in lines[:: max(1, len(lines) // options.examples)]]
-    raws = raws[: options.examples]
+    lines = lines[:: max(1, len(lines) // options.examples)][: options.examples]
+    records = [json.loads(line) for line in lines]
     torch.manual_seed(0)
     model = GPT(GPTConfig(context_length=1024, vocab_size=50257)).to(device)
 
-    def ours(raws: list[dict[str, Any]], only: int | None = None) -> None:
+    def ours(records: Records, convention: str = "both") -> None:
         # Tokenized and packed each time, although a training run does that once.
-        examples = [hellaswag.tokenize(raw, "data") for raw in raws]
-        if only is not None:
-            examples = [dataclasses.replace(e, questions=(e.questions[only],)) for e in examples]
-        hellaswag.predict(model, examples, device, dtype=dtype).tolist()
+        hellaswag.predict(model, tokenize(records, convention), device, dtype=dtype).tolist()
 
-    def padded(raws: list[dict[str, Any]]) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            recipe(model, raws, device)
+    def padded(records: Records) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            recipe(model, records, device)
 
-    rows: dict[str, Any] = {
+    rows: dict[str, Callable[[Records], Any]] = {
         "ours, both": ours,
-        "ours, completion": lambda raws: ours(raws, 0),
-        "ours, harness": lambda raws: ours(raws, 1),
+        "ours, completion": lambda records: ours(records, "completion"),
+        "ours, harness": lambda records: ours(records, "harness"),
         "recipe, completion": padded,
     }
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+        save_tokenizer(Path(folder), model.config.context_length)
         for batch in options.lm_eval_batches:
             rows[f"lm_eval, batch {batch}"] = Harness(Path(folder), device, options.dtype, batch)
-        best = dict.fromkeys(rows, float("inf"))
-        for row in rows.values():
-            row(raws[:2])  # warm up
-        for _ in range(options.rounds):
-            for name, row in rows.items():
-                start = time.perf_counter()
-                row(raws)
-                best[name] = min(best[name], time.perf_counter() - start)
+        speed = time_rows(rows, records, options.rounds)
+
     threads = torch.get_num_threads()
-    print(f"{len(raws)} examples, 124M, {options.dtype}, {device}, {threads} threads")
-    speed = {name: len(raws) / s for name, s in best.items()}
+    print(f"{len(records)} examples, 124M, {options.dtype}, {device}, {threads} threads")
     for name, value in speed.items():
         print(f"{name:24} {value:8.2f} examples/s")
-    completion, harness, both = (
-        speed[f"ours, {name}"] for name in (*hellaswag.CONVENTIONS, "both")
-    )
+    ours_count, recipe_count = count_multiplications(model, records)
     plain = speed["recipe, completion"]
-    ours_work, recipe_work = work(model, raws)
-    print(f"completion / recipe      {completion / plain:8.2f}")
-    print(f"  multiplications, recipe / completion {recipe_work / ours_work:.2f}")
-    print(f"both / recipe            {both / plain:8.2f}")
-    if batches := [value for name, value in speed.items() if name.startswith("lm_eval")]:
-        print(f"harness / lm_eval        {harness / max(batches):8.2f}")
-        print(f"both / recipe + lm_eval  {both * (1 / plain + 1 / max(batches)):8.2f}")
+    print(f"completion / recipe      {speed['ours, completion'] / plain:8.2f}")
+    print(f"  multiplications, recipe / completion {recipe_count / ours_count:.2f}")
+    print(f"both / recipe            {speed['ours, both'] / plain:8.2f}")
+    if options.lm_eval_batches:
+        lm_eval = max(speed[f"lm_eval, batch {batch}"] for batch in options.lm_eval_batches)
+        print(f"harness / lm_eval        {speed['ours, harness'] / lm_eval:8.2f}")
+        both_apart = 1 / (1 / plain + 1 / lm_eval)
+        print(f"both / recipe + lm_eval  {speed['ours, both'] / both_apart:8.2f}")
 
 
 if __name__ == "__main__":

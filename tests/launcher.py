@@ -1,34 +1,33 @@
 """Starts train.py many times at the price of one import.
 
-A server process imports train.py once and forks a child for each run: the child sets torchrun's
+Python's fork server imports train.py once and forks a child for each run. The child sets torchrun's
 environment, runs ``train.main()`` with real flags and ends with a real exit code, so it can be
-killed, starved and signalled like any process. A fault is a function of a test module that the
-child calls before ``main``.
+killed, starved and signalled like any process. Faults are functions that the run calls before each
+step.
 """
 
 import atexit
 import functools
-import gc
 import itertools
 import json
+import multiprocessing
 import os
-import resource
-import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+ROOT = Path(__file__).parents[1]
 COUNTER = itertools.count()
-TIMEOUT = 60.0  # seconds after which a run hangs, by far more than any of them needs
+TIMEOUT = 120.0  # seconds after which a run hangs, by far more than any of them needs
 # Milliseconds a step. The vocabulary is small, so prompts must be single bytes.
 TINY = (
     "--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.context-length 16"
@@ -37,40 +36,57 @@ TINY = (
     " --sample-every 20 --sample-prompt a --checkpoint-every 7 --keep-checkpoints 3"
     " --no-compile --device cpu --dtype fp32 --data-dir data --log-dir log"
 ).split()
+LONG = ("--max-steps", "100000")  # a run that something else has to end
+
+# What a run calls before each step: a module's function or a partial of one, since it is pickled.
+OnStep = Callable[[Any], None] | None
 
 
-def write_shards(folder: Path) -> None:
-    """Two training shards and one for validation, with something to learn in them."""
-    rng = np.random.default_rng(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, size in (("val_000000", 2000), ("train_000001", 6000), ("train_000002", 5000)):
-        np.save(folder / f"tiny_{name}.npy", (rng.exponential(40, size) % 300).astype(np.uint16))
+# ---- processes -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def fork_server() -> ForkServerContext:
+    """The process that has imported train.py, of which each run is a copy."""
+    context = multiprocessing.get_context("forkserver")
+    # torch would import Inductor for each run's optimizer, which takes seconds.
+    imports = ["train", "launcher", "torch._inductor", "torch.distributed.run", "preload"]
+    context.set_forkserver_preload(imports)
+    with pytest.MonkeyPatch.context() as patch:
+        # Python 3.11 does not pass sys.path on to the server.
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        forkserver.ensure_running()
+    return context
+
+
+@atexit.register
+def kill_what_still_runs() -> None:
+    """Runs of a test that has failed must not outlive the tests."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @dataclass
 class Training:
-    """One process in which train.py runs."""
+    """One process in which train.py, or torchrun, runs."""
 
-    server: "Server"
-    pid: int
+    process: ForkServerProcess
     folder: Path
     label: str
 
-    def wait(self, timeout: float = TIMEOUT) -> int:
+    def wait(self) -> int:
         """Its exit code, or minus the number of the signal that ended it."""
-        code = self.poll(timeout)
+        self.process.join(TIMEOUT)
+        code = self.process.exitcode
         if code is None:
-            self.kill(signal.SIGKILL)
-            raise AssertionError(f"still running after {timeout} s:\n{self.out}\n{self.err}")
+            self.process.kill()
+            raise AssertionError(f"still running after {TIMEOUT} s:\n{self.out}\n{self.err}")
         return code
 
-    def poll(self, timeout: float) -> int | None:
-        """The same, but None when it has not ended after that many seconds."""
-        return self.server.ask(op="wait", pid=self.pid, timeout=timeout)
-
     def kill(self, number: int) -> None:
-        """Sends a signal. Does nothing when it has ended: it is a zombie until ``wait``."""
-        os.kill(self.pid, number)
+        """Sends a signal to a process that still runs."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
 
     @property
     def out(self) -> str:
@@ -83,95 +99,87 @@ class Training:
         return (self.folder / f"{self.label}.err").read_text()
 
 
-class Server:
-    """The process that has imported train.py."""
-
-    def __init__(self) -> None:
-        tests = Path(__file__).parent
-        paths = os.pathsep.join((str(tests.parent), str(tests)))
-        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__]
-        pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=environment, **pipe)
-
-    def ask(self, **question: Any) -> Any:
-        """The server's answer to one line of JSON."""
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        """Ends it, and with it what it has started."""
-        self.process.stdin.close()
-        self.process.wait()
-
-
-@functools.cache
-def server() -> Server:
-    """The one server of a test session."""
-    started = Server()
-    atexit.register(started.close)
-    return started
-
-
-def start(
-    folder: Path,
-    *flags: str,
-    ranks: int = 1,
-    fault: Callable[..., None] | None = None,
-    arguments: tuple[Any, ...] = (),
-) -> list[Training]:
+def start(folder: Path, *flags: str, ranks: int = 1, on_step: OnStep = None) -> list[Training]:
     """Starts train.py in ``folder`` with the tiny settings and these flags, once a rank."""
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    trainings = []
-    for rank in range(ranks):
-        label = f"run{next(COUNTER)}_rank{rank}"
-        for name in ("out", "err"):
-            (folder / f"{label}.{name}").touch()
-        pid = server().ask(
-            op="start",
-            flags=[*TINY, *flags],
-            environment=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            folder=str(folder),
-            label=label,
-            fault=fault and [fault.__module__, fault.__name__, list(arguments)],
-        )
-        trainings.append(Training(server(), pid, folder, label))
-    return trainings
+    command = ["train.py", *TINY, *flags]
+    return [
+        fork(folder, command, world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, on_step)
+        for rank in range(ranks)
+    ]
 
 
-def run(folder: Path, *flags: str, **options: Any) -> tuple[int, str, str]:
+def start_torchrun(folder: Path, *flags: str, options: tuple[str, ...]) -> Training:
+    """Starts torchrun with these options; it starts train.py itself, as fresh processes."""
+    return fork(folder, ["torchrun", *options, str(ROOT / "train.py"), *TINY, *flags])
+
+
+def fork(
+    folder: Path,
+    command: list[str],
+    environment: dict[str, str] | None = None,
+    on_step: OnStep = None,
+) -> Training:
+    """Runs a command line in a fork of the server."""
+    label = f"run{next(COUNTER)}"
+    for name in ("out", "err"):
+        (folder / f"{label}.{name}").touch()
+    arguments = (folder, label, command, environment or {}, on_step)
+    process = fork_server().Process(target=child, args=arguments, daemon=True)
+    process.start()
+    return Training(process, folder, label)
+
+
+def child(
+    folder: Path,
+    label: str,
+    command: list[str],
+    environment: dict[str, str],
+    on_step: OnStep,
+) -> None:
+    """What a forked process does."""
+    # Not at the top: only the server has imported them.
+    import torch.distributed.run
+
+    import train
+
+    os.setpgid(0, 0)  # so that Ctrl-C in the tests' terminal is not for it
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{label}.{name}", os.O_WRONLY), number)
+    os.environ.update(environment)
+    sys.argv = command
+    if command[0] == "torchrun":
+        torch.distributed.run.main()
+    else:
+        train.main(on_step)
+    os.seteuid(os.getuid())  # multiprocessing deletes its semaphores, as the user who made them
+
+
+def run(folder: Path, *flags: str, ranks: int = 1, on_step: OnStep = None) -> tuple[int, str, str]:
     """Runs to the end: rank 0's exit code, standard output and standard error."""
-    trainings = start(folder, *flags, **options)
+    trainings = start(folder, *flags, ranks=ranks, on_step=on_step)
     codes = [training.wait() for training in trainings]
     return codes[0], trainings[0].out, trainings[0].err
 
 
-def run_lines(log: Path) -> list[str]:
-    """The lines of metrics.jsonl, none when there is no such file yet."""
-    path = log / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
+def run_well(folder: Path, *flags: str, ranks: int = 1, on_step: OnStep = None) -> str:
+    """Runs to the end without an error on any rank: rank 0's standard output."""
+    trainings = start(folder, *flags, ranks=ranks, on_step=on_step)
+    for training in trainings:
+        assert training.wait() == 0, training.err
+        assert training.err == "", training.err
+    return trainings[0].out
 
 
-def wait_for_step(training: Training, log: Path, begun: int, step: int) -> None:
-    """Waits for a training step of this number or later, after line ``begun`` of the metrics."""
-    end = time.monotonic() + TIMEOUT
-    while time.monotonic() < end:
-        for line in run_lines(log)[begun:]:
-            if '"kind": "train"' in line and int(line.split('"step": ')[1].split(",")[0]) >= step:
-                return
-        time.sleep(0.002)
-    raise AssertionError(f"step {step} was never logged: {training.err}")
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Polls for two minutes, by far more than anything here takes."""
-    end = time.monotonic() + 2 * TIMEOUT
-    while time.monotonic() < end:
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("never happened")
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    """A user's mistake: exit code 2 and one line that names it."""
+    code, _, err = result
+    assert code == 2, err
+    assert err.count("\n") == 1, err
+    assert err.startswith("train.py: ")
+    for word in words:
+        assert word in err
 
 
 def free_port() -> int:
@@ -181,13 +189,40 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def metrics(log_dir: Path, *kinds: str) -> dict[tuple[str, int], dict[str, Any]]:
+def is_last_rank(run: Any) -> bool:
+    """For a fault that one rank alone meets: in a run of one process, that one."""
+    return run.dist_info.rank == run.dist_info.world_size - 1
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Polls until the condition holds."""
+    end = time.monotonic() + TIMEOUT
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("never happened")
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def write_shards(folder: Path) -> None:
+    """Two training shards and one for validation, with something to learn in them."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, size in (("val_000000", 2000), ("train_000001", 6000), ("train_000002", 5000)):
+        np.save(folder / f"tiny_{name}.npy", (rng.exponential(40, size) % 300).astype(np.uint16))
+
+
+def metrics(log: Path, *kinds: str) -> dict[tuple[str, int], dict[str, Any]]:
     """The last line of each kind and step, without what depends on the clock."""
+    path = log / "metrics.jsonl"
     lines: dict[tuple[str, int], dict[str, Any]] = {}
-    for text in run_lines(log_dir):
+    for text in path.read_text().splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
-        except ValueError:  # half a line, of a process that was killed
+        except ValueError:  # half a line, of a process that was killed or is still writing
             continue
         if line["kind"] in kinds:
             for key in ("time", "ms", "tokens_per_s", "memory_gb", "seconds"):
@@ -196,85 +231,17 @@ def metrics(log_dir: Path, *kinds: str) -> dict[tuple[str, int], dict[str, Any]]
     return lines
 
 
-def serve() -> None:
-    """The server: forks children and waits for them, one line of JSON after the other."""
-    import importlib
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    importlib.import_module("matplotlib.pyplot")
-    importlib.import_module("torch._inductor")  # seconds, which torch spends with each optimizer
-    import dataset
-    import train
-
-    dataset.get_tokenizer()
-    # The rest of tyro, which a child without root's rights may not be able to read.
-    train.tyro.cli(train.TrainConfig, args=[])
-    # Drawing takes longer than training here, and is tested elsewhere.
-    train.plot.plot_run = lambda *_: None
-    gc.collect()
-    gc.freeze()  # a child need not look at what was imported
-    running: set[int] = set()
-    for line in sys.stdin:
-        question = json.loads(line)
-        if question["op"] == "start":
-            answer: int | None = os.fork()
-            if answer == 0:
-                child(question, train.main)
-            running.add(answer)
-        else:
-            answer = wait(question["pid"], question["timeout"])
-            if answer is not None:
-                running.discard(question["pid"])
-        print(json.dumps(answer), flush=True)
-    for pid in running:
-        os.kill(pid, signal.SIGKILL)
+def steps_done(log: Path) -> int:
+    """The steps that a run has logged."""
+    return max((step for _, step in metrics(log, "train")), default=-1) + 1
 
 
-def wait(pid: int, timeout: float) -> int | None:
-    """The exit code of a child, None when it still runs after ``timeout`` seconds."""
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return None
+def saved_steps(log: Path) -> list[int]:
+    """The steps of the checkpoints in a log folder."""
+    return sorted(int(path.name[5:]) for path in log.glob("step_*"))
 
 
-def child(question: dict[str, Any], main: Callable[[], None]) -> None:
-    """A forked child: runs train.py's main and never returns."""
-    import importlib
-
-    code = 1
-    try:
-        os.setpgid(0, 0)  # so that Ctrl-C in the tests' terminal is not for it
-        os.chdir(question["folder"])
-        for number, name in ((1, "out"), (2, "err")):
-            flags = os.O_WRONLY | os.O_CREAT
-            os.dup2(os.open(f"{question['label']}.{name}", flags), number)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.environ.update(question["environment"])
-        sys.argv = ["train.py", *question["flags"]]
-        if question["fault"]:
-            module, name, arguments = question["fault"]
-            getattr(importlib.import_module(module), name)(*arguments)
-        main()
-        code = 0
-        threading._shutdown()  # waits for threads, as a process does that ends by itself
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-
-
-if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    serve()
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder but the lock, which each run opens, and the tests' own."""
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".out", ".err")]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.name != ".lock"}

@@ -1,15 +1,18 @@
 """dataset.py: the shards are the documents' tokens, whatever the source and the workers."""
 
 import contextlib
-import hashlib
+import dataclasses
+import io
+import itertools
 import json
 import os
 import sys
 import tempfile
-import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -18,30 +21,39 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import common
 import dataset
 from dataset import DatasetConfig, prepare, verify
 
+Main = Callable[..., tuple[int | str | None, str, str]]
 TEXTS = [f"Document {i}. " + "The quick brown fox jumps. " * (i % 7) for i in range(100)]
 
 
-def write_jsonl(path: Path, texts: list[str | None]) -> Path:
-    path.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts))
+def write(path: Path, texts: Sequence[str | None], rows: int = 10) -> Path:
+    """A JSONL file, or a Parquet file with row groups of ``rows`` documents."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts))
+    else:
+        table = pa.table({"id": list(range(len(texts))), "text": pa.array(texts, pa.string())})
+        pq.write_table(table, path, row_group_size=rows)
     return path
 
 
-def write_parquet(path: Path, texts: list[Any], rows: int = 10) -> Path:
-    table = pa.table({"id": list(range(len(texts))), "text": pa.array(texts, pa.string())})
-    pq.write_table(table, path, row_group_size=rows)
-    return path
+def config_for(source: Path | str, folder: Path, shard_size: int | None = 100) -> DatasetConfig:
+    return DatasetConfig(source=str(source), data_dir=folder, shard_size=shard_size, workers=2)
 
 
-def config_for(source: Path | str, folder: Path, **options: Any) -> DatasetConfig:
-    options = {"shard_size": 100, "workers": 2, **options}
-    return DatasetConfig(source=str(source), data_dir=folder, **options)
+def shard_paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.npy"), key=lambda path: path.stem[-6:])
 
 
-def shards(folder: Path) -> list[np.ndarray]:
-    return [np.load(path) for path in sorted(folder.glob("*.npy"), key=lambda p: p.stem[-6:])]
+def all_tokens(folder: Path) -> np.ndarray:
+    return np.concatenate([np.load(path) for path in shard_paths(folder)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but the lock."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
 
 
 def expected(texts: list[str]) -> np.ndarray:
@@ -49,14 +61,32 @@ def expected(texts: list[str]) -> np.ndarray:
     return np.array([token for text in texts for token in (50256, *encode(text))], np.uint16)
 
 
-def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
-    """`python dataset.py ARGUMENTS` inside this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["dataset.py", *map(str, arguments)])
-    try:
-        dataset.main()
-    except SystemExit as exit_:
-        return exit_.code
-    return 0
+def fail_after(writes: int) -> Any:
+    """Lets that many files reach the disk and then no more, as a full disk would."""
+    successes = [None] * (2 * writes)  # the file, and its name in the folder
+    failures = itertools.repeat(OSError(28, "No space left on device"))
+    return mock.patch("os.fsync", side_effect=itertools.chain(successes, failures))
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
+    """`python dataset.py ARGUMENTS` inside this process; its exit code, output and errors."""
+
+    def run(*arguments: object) -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dataset.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            dataset.main()
+        return exit_.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> DatasetConfig:
+    """TEXTS in shards of 100 tokens."""
+    config = config_for(write(tmp_path / "a.jsonl", TEXTS), tmp_path / "out")
+    prepare(config)
+    return config
 
 
 # ---- what is written -----------------------------------------------------------------------------
@@ -66,317 +96,258 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str |
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    files=st.lists(
-        st.lists(st.none() | st.text(max_size=30), min_size=1, max_size=8), min_size=1, max_size=4
+    files=st.lists(st.lists(st.none() | st.text(max_size=30), min_size=1, max_size=8), min_size=1),
+    suffix=st.sampled_from([".parquet", ".jsonl"]),
+    config=st.builds(
+        DatasetConfig,
+        shard_size=st.integers(1, 60),
+        max_tokens=st.none() | st.integers(1, 100),
+        workers=st.integers(1, 4),
     ),
-    shard_size=st.integers(1, 60),
-    workers=st.integers(1, 4),
-    max_tokens=st.none() | st.integers(1, 100),
-    unit_bytes=st.sampled_from([1, 50, 1000]),
-    parquet=st.booleans(),
+    chunk_bytes=st.sampled_from([1, 50, 1000]),
     interruptions=st.lists(st.integers(1, 6), max_size=3),
 )
 def test_shards_are_the_concatenated_documents_cut_at_multiples_of_their_size(
     files: list[list[str | None]],
-    shard_size: int,
-    workers: int,
-    max_tokens: int | None,
-    unit_bytes: int,
-    parquet: bool,
+    suffix: str,
+    config: DatasetConfig,
+    chunk_bytes: int,
     interruptions: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dataset, "UNIT_BYTES", unit_bytes)
-    monkeypatch.setattr(dataset, "BATCH", 3)
+    monkeypatch.setattr(dataset, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(dataset, "BATCH_DOCUMENTS", 3)
     with tempfile.TemporaryDirectory() as temporary:
         source, out = Path(temporary, "source"), Path(temporary, "out")
         source.mkdir()
         for i, texts in enumerate(files):
-            if parquet:
-                write_parquet(source / f"{i}.parquet", texts, rows=2)
-            else:
-                write_jsonl(source / f"{i}.jsonl", texts)
-        options = {"shard_size": shard_size, "max_tokens": max_tokens, "workers": workers}
+            write(source / f"{i:03d}{suffix}", texts, rows=2)
+        config = dataclasses.replace(config, source=str(source), data_dir=out)
         for writes in interruptions:
             with fail_after(writes), contextlib.suppress(OSError):
-                prepare(config_for(source, out, **options))
-        index = prepare(config_for(source, out, **options))
+                prepare(config)
+        index = prepare(config)
         documents = [text for texts in files for text in texts if text]
-        whole = expected(documents)[:max_tokens]
-        found = shards(out)
-        assert np.array_equal(np.concatenate([np.empty(0, np.uint16), *found]), whole)
-        assert all(len(shard) == shard_size for shard in found[:-1])
-        assert [shard["tokens"] for shard in index["shards"]] == [len(shard) for shard in found]
-        assert index["tokens"] == len(whole)
-        if max_tokens is None:
-            assert index["documents"] == len(documents)
-            assert index["skipped"] == sum(map(len, files)) - len(documents)
-        assert not found or verify(out) == []
+        tokens = expected(documents)[: config.max_tokens]
+        sizes = [len(np.load(path)) for path in shard_paths(out)]
+        assert not sizes or np.array_equal(all_tokens(out), tokens)
+        assert sum(sizes) == index.tokens == len(tokens)
+        assert all(size == config.shard_size for size in sizes[:-1])
+        assert [shard.tokens for shard in index.shards] == sizes
+        if config.max_tokens is None:
+            assert index.documents == len(documents)
+            assert index.skipped == sum(map(len, files)) - len(documents)
+        assert not sizes or verify(out) == []
 
 
-@contextlib.contextmanager
-def fail_after(writes: int) -> Any:
-    """Lets that many files reach the disk and then no more, as a full disk would."""
-    original, left = os.fsync, writes * 2
-
-    def fsync(descriptor: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise OSError(28, "No space left on device")
-        original(descriptor)
-
-    os.fsync = fsync
-    try:
-        yield
-    finally:
-        os.fsync = original
-
-
-def test_text_and_parquet_and_jsonl_of_the_same_documents_are_the_same_shards(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "txt").mkdir()
-    for i, text in enumerate(TEXTS):
-        (tmp_path / "txt" / f"{i:03d}.txt").write_text(text)
-    sources = [
-        tmp_path / "txt",
-        write_jsonl(tmp_path / "all.jsonl", TEXTS),
-        write_parquet(tmp_path / "all.parquet", TEXTS),
-    ]
-    for i, source in enumerate(sources):
-        prepare(config_for(source, tmp_path / str(i)))
-        assert np.array_equal(np.concatenate(shards(tmp_path / str(i))), expected(TEXTS))
-
-
-def test_names_formats_and_index_are_as_documented(tmp_path: Path) -> None:
-    source = write_parquet(tmp_path / "a.parquet", TEXTS)
-    index = prepare(config_for(source, tmp_path / "out", shard_size=300))
-    names = sorted(path.name for path in (tmp_path / "out").glob("*.npy"))
-    assert names[:2] == ["text_train_000001.npy", "text_train_000002.npy"]
-    assert names[-1] == "text_val_000000.npy"
-    assert json.loads((tmp_path / "out" / "index.json").read_text()) == index
-    assert index["tokenizer"] == "gpt2"
-    for shard in index["shards"]:
-        path = tmp_path / "out" / shard["file"]
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
-        tokens = np.load(path, mmap_mode="r")
-        assert (tokens.dtype, tokens.shape) == (np.uint16, (shard["tokens"],))
-        path.write_bytes(b"")
-        np.save(path, tokens := expected(TEXTS)[:300])  # NumPy itself writes the same bytes
-        assert path.stat().st_size == 128 + 2 * len(tokens)
-        break
-
-
-def test_files_are_read_in_the_order_of_their_names_and_others_ignored(tmp_path: Path) -> None:
+def test_files_of_all_kinds_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "b").mkdir(parents=True)
-    write_jsonl(source / "b" / "1.jsonl", ["third"])
-    write_jsonl(source / "a2.jsonl", ["second"])
-    (source / "a1.txt").write_text("first")
-    (source / "README.md").write_text("no")
-    (source / ".hidden.txt").write_text("no")
+    write(source / "b" / "1.jsonl", ["third", "fourth"])
+    write(source / "a2.parquet", ["second"])
+    (source / "a1.txt").write_bytes(b"first:\r\nas it is\n")
+    (source / "README.md").write_text("ignored")
+    (source / ".hidden.txt").write_text("ignored")
     prepare(config_for(source, tmp_path / "out"))
-    assert np.array_equal(shards(tmp_path / "out")[0], expected(["first", "second", "third"]))
+    texts = ["first:\r\nas it is\n", "second", "third", "fourth"]
+    assert np.array_equal(all_tokens(tmp_path / "out"), expected(texts))
+
+
+def test_every_shard_has_the_bytes_that_numpy_writes(prepared: DatasetConfig) -> None:
+    tokens = expected(TEXTS)
+    starts = range(0, len(tokens), 100)
+    names = ["text_val_000000.npy", *(f"text_train_{i:06d}.npy" for i in range(1, len(starts)))]
+    assert len(starts) > 10
+    assert [path.name for path in shard_paths(prepared.data_dir)] == names
+    for start, name in zip(starts, names, strict=True):
+        saved = io.BytesIO()
+        np.save(saved, tokens[start : start + 100])
+        assert (prepared.data_dir / name).read_bytes() == saved.getvalue()
+
+
+# What the first version of dataset.py wrote for the documents below, but on fewer lines.
+INDEX = """{"tokenizer": "gpt2", "source": "1 files",
+"revision": "b10ae9dd75b4fe0ae479193f85b24041b76f7e7bfe1a42233c7d45567f891214",
+"units": 1, "shard_size": 4, "max_tokens": null, "world_size": 1, "rank": 0, "complete": true,
+"shards": [{"file": "text_val_000000.npy", "tokens": 4,
+"sha256": "87da157e818f0490798ebabc58de53027c075803719dc5b34a220214ac55fe87",
+"documents": 2, "next": [0, 4, 0]}, {"file": "text_train_000001.npy", "tokens": 2,
+"sha256": "122018d0201cfc3685c0d0e953b2c50b20ee85086bccd99dc49d8114833a4430",
+"documents": 0, "next": [1, 0, 2]}], "tokens": 6, "documents": 2, "skipped": 2}"""
+
+
+def test_an_index_has_the_bytes_that_it_always_had_and_is_continued(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    source = write(tmp_path / "a.jsonl", ["hello world", None] * 2)
+    config = config_for(source, out, shard_size=4)
+    index = prepare(config)
+    assert (out / "index.json").read_text() == json.dumps(json.loads(INDEX), indent=1)
+    assert dataset.ShardIndex.read(out / "index.json") == index
+    before = contents(out)
+    begun = json.loads(INDEX)
+    for key in ("tokens", "documents", "skipped"):
+        del begun[key]
+    begun.update(complete=False, shards=begun["shards"][:1])
+    (out / "index.json").write_text(json.dumps(begun, indent=1))
+    (out / "text_train_000001.npy").unlink()
+    prepare(config)
+    assert contents(out) == before
 
 
 def test_several_machines_write_the_same_documents_into_one_folder(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+    source, one, four = (tmp_path / name for name in ("source", "one", "four"))
     source.mkdir()
     for i in range(7):
-        write_parquet(source / f"{i}.parquet", TEXTS[i::7])
-    prepare(config_for(source, tmp_path / "one"))
+        write(source / f"{i}.parquet", TEXTS[i::7])
+    prepare(config_for(source, one))
     for rank in (2, 0, 3, 1):
-        prepare(config_for(source, tmp_path / "four"), rank, 4)
-    four, one = (np.concatenate(shards(tmp_path / name)) for name in ("four", "one"))
-    assert np.array_equal(four, one)
-    assert [p.name for p in (tmp_path / "four").glob("*_val_*")] == ["text_val_000000.npy"]
-    assert len(list((tmp_path / "four").glob("index*.json"))) == 4
-    assert verify(tmp_path / "four") == []
-    with pytest.raises(ValueError, match="world_size 4 there, 1 here"):
-        prepare(config_for(source, tmp_path / "four"))
+        prepare(config_for(source, four), rank, 4)
+    assert np.array_equal(all_tokens(four), all_tokens(one))
+    assert [path.name for path in four.glob("*_val_*")] == ["text_val_000000.npy"]
+    assert len(list(four.glob("index*.json"))) == 4
+    assert verify(four) == []
+    with pytest.raises(ValueError, match="world_size was 4 and is now 1"):
+        prepare(config_for(source, four))
 
 
 def test_the_embedded_corpus_is_the_same_each_time_and_a_fair_mix(tmp_path: Path) -> None:
-    index = prepare(config_for("stdlib", tmp_path / "a", shard_size=50_000))
-    again = prepare(config_for("stdlib", tmp_path / "b", shard_size=50_000, workers=1))
-    assert index == again
-    assert 300_000 < index["tokens"] < 3_000_000
+    config = config_for("stdlib", tmp_path / "a", shard_size=50_000)
+    index = prepare(config)
+    assert index == prepare(dataclasses.replace(config, data_dir=tmp_path / "b", workers=1))
+    tokens = all_tokens(tmp_path / "a")
+    assert 300_000 < len(tokens) < 3_000_000
     # Manual pages are in reStructuredText with a title underlined by stars, docstrings are not.
     decode = dataset.get_tokenizer().decode
-    halves = np.array_split(np.concatenate(shards(tmp_path / "a")), 4)
-    assert all(decode(part.tolist()).count("\n****") >= 5 for part in halves)
+    assert all(decode(q.tolist()).count("\n****") >= 5 for q in np.array_split(tokens, 4))
 
 
-def test_a_small_source_gets_about_ten_shards(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    prepare(config_for(source, tmp_path / "out", shard_size=None))
-    assert 8 <= len(shards(tmp_path / "out")) <= 20
+def test_a_small_source_gets_about_ten_shards_and_a_line_for_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "a.jsonl", TEXTS)
+    index = prepare(config_for(source, tmp_path / "out", shard_size=None))
+    assert 8 <= len(index.shards) <= 20
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [shard.file for shard in index.shards]
+    assert "100%" in lines[-1]
 
 
-def test_a_slow_unit_does_not_let_the_others_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the first unit stuck, no more than 2 * workers + 1 units may be begun."""
-    begun, go = [], threading.Event()
+def test_a_slow_chunk_does_not_let_the_others_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the first chunk has been taken, at most 2 * workers + 1 are begun."""
+    begun: list[int] = []
 
-    def read_unit(unit: dataset.Unit) -> Any:
-        begun.append(unit.start)
-        if unit.start == 0:
-            go.wait(10)
+    def read_chunk(chunk: dataset.Chunk) -> Iterator[str]:
+        begun.append(chunk.start)
+        if chunk.start == 0:
+            time.sleep(0.5)  # in which all others would be read if nothing held them back
         yield "text"
 
-    monkeypatch.setattr(dataset, "read_unit", read_unit)
-    units = [dataset.Unit("x", i, i + 1, 1) for i in range(50)]
-    results = dataset.tokenize(units, workers=2)
-    threading.Timer(0.5, lambda: (most.append(len(begun)), go.set())).start()
-    most: list[int] = []
-    assert len(list(results)) == 50
-    assert most[0] <= 5
+    monkeypatch.setattr(dataset, "read_chunk", read_chunk)
+    chunks = [dataset.Chunk("x", i, i + 1, 1) for i in range(50)]
+    results = dataset.tokenize(chunks, workers=2)
+    next(results)
+    assert len(begun) <= 5
+    assert len(list(results)) == 49
 
 
 # ---- what is refused -----------------------------------------------------------------------------
 
 
-def truncated_parquet(folder: Path) -> None:
-    path = write_parquet(folder / "cut.parquet", TEXTS)
-    path.write_bytes(path.read_bytes()[:-100])
+def parquet(documents: Any, column: str = "text") -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({column: documents}), file, compression="zstd", use_dictionary=False)
+    return file.getvalue()
 
 
-def damaged_parquet(folder: Path) -> None:
-    path = folder / "damaged.parquet"
-    pq.write_table(pa.table({"text": TEXTS}), path, compression="zstd", use_dictionary=False)
-    data = bytearray(path.read_bytes())
-    data[100:400] = bytes(300)
-    path.write_bytes(data)
-
-
-def parquet_with_bad_utf8(folder: Path) -> None:
-    raw = pa.array([b"good", b"good", b"\xff\xfe"], pa.binary()).cast(pa.string(), safe=False)
-    pq.write_table(pa.table({"text": raw}), folder / "bad.parquet", use_dictionary=False)
-
-
-BAD_SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no files": (lambda d: None, "holds no file that ends in .parquet, .jsonl, .txt"),
-    "an empty file": (lambda d: (d / "e.jsonl").touch(), "e.jsonl is empty: remove it"),
-    "invalid UTF-8": (
-        lambda d: (d / "u.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n'),
-        "u.jsonl: line 2: 'utf-8' codec can't decode",
-    ),
-    "no JSON": (
-        lambda d: (d / "j.jsonl").write_text('{"text": "a"}\n\n{"text": "b"\n'),
-        "j.jsonl: line 3: Expecting",
-    ),
-    "no key": (
-        lambda d: (d / "k.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n'),
-        "k.jsonl: line 2: no `text`",
-    ),
-    "no string": (
-        lambda d: (d / "s.jsonl").write_text('{"text": 5}\n'),
-        "s.jsonl: line 1: `text` is no string but 5",
-    ),
-    "text in Latin-1": (
-        lambda d: (d / "l.txt").write_bytes(b"na\xefve"),
-        "l.txt: 'utf-8' codec can't decode",
-    ),
-    "no column": (
-        lambda d: pq.write_table(pa.table({"body": ["a"]}), d / "c.parquet"),
-        "c.parquet has no column `text` of strings, but body (string)",
-    ),
-    "a column of numbers": (
-        lambda d: pq.write_table(pa.table({"text": [1]}), d / "n.parquet"),
-        "n.parquet has no column `text` of strings, but text (int64)",
-    ),
-    "an empty Parquet file": (lambda d: (d / "e.parquet").touch(), "e.parquet is empty"),
-    "a truncated Parquet file": (truncated_parquet, "cut.parquet is no whole Parquet file"),
-    "a damaged Parquet file": (damaged_parquet, "damaged.parquet: row 0 cannot be read"),
-    "Parquet with invalid UTF-8": (parquet_with_bad_utf8, "bad.parquet: row 2 cannot be read"),
+PARQUET = parquet(TEXTS)
+NO_UTF8 = pa.array([b"good", b"good", b"\xff\xfe"], pa.binary()).cast(pa.string(), safe=False)
+# The content of a file, and what the message has to contain beside its name.
+BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
+    "empty.jsonl": (b"", ["empty"]),
+    "no_utf8.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', ["line 2"]),
+    "no_json.jsonl": (b'{"text": "a"}\n\n{"text": "b"\n', ["line 3"]),
+    "no_key.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', ["line 2", "`text`"]),
+    "no_object.jsonl": (b'["text"]\n', ["line 1", "`text`"]),
+    "no_string.jsonl": (b'{"text": 5}\n', ["line 1", "`text`", "5"]),
+    "latin_1.txt": (b"na\xefve", ["utf-8"]),
+    "no_column.parquet": (parquet(["a"], column="body"), ["`text`", "body (string)"]),
+    "numbers.parquet": (parquet([1]), ["text (int64)"]),
+    "truncated.parquet": (PARQUET[:-100], ["is not a valid Parquet file"]),
+    "damaged.parquet": (PARQUET[:100] + bytes(300) + PARQUET[400:], ["row 0"]),
+    "no_utf8.parquet": (parquet(NO_UTF8), ["row 2"]),
+    "no_suffix": (b"text", ["--source", ".parquet, .jsonl, .txt"]),
 }
 
 
-@pytest.mark.parametrize("case", BAD_SOURCES)
-def test_a_bad_source_is_one_line_that_names_the_place(
-    case: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def error_of(result: tuple[int | str | None, str, str]) -> str:
+    """The error line. Before it there may be lines about shards that could be written."""
+    code, _, errors = result
+    lines = [line for line in errors.splitlines() if ".npy:" not in line]
+    assert (code, len(lines)) == (2, 1)
+    return lines[0].removeprefix("dataset.py: ")
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_source_is_one_line_with_the_place_and_exit_code_2(
+    name: str, tmp_path: Path, main: Main
 ) -> None:
-    make, message = BAD_SOURCES[case]
-    source = tmp_path / "source"
-    source.mkdir()
-    make(source)
-    out = tmp_path / "out"
-    assert run_main(monkeypatch, "--source", source, "--data-dir", out, "--shard-size", 10) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.splitlines()[-1].startswith("dataset.py: ")
-    assert sum(line.startswith("dataset.py: ") for line in error.splitlines()) == 1
-    assert "Traceback" not in error
+    path = tmp_path / name
+    content, parts = BAD_FILES[name]
+    path.write_bytes(content)
+    error = error_of(main("--source", path, "--data-dir", tmp_path / "out", "--shard-size", 10))
+    assert all(part in error for part in [str(path), *parts])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "parts"),
     [
-        (("--source", "nowhere"), "no --source nowhere: give fineweb-edu, stdlib or"),
-        (("--source", "stdlib", "--shard-size", 0), "shard_size 0: must be at least 1"),
-        (
-            ("--source", "stdlib", "--workers", -1, "--max-tokens", 0),
-            "max_tokens 0, workers -1: must be at least 1",
-        ),
-        (("--verify",), "no shards in"),
+        (["--source", "nowhere"], ["nowhere", "fineweb-edu, stdlib"]),
+        (["--workers", -1, "--max-tokens", 0], ["max_tokens 0", "workers -1"]),
+        (["--shard-size", 0], ["shard_size 0 must be at least 1"]),
+        (["--verify"], ["no shards in"]),
     ],
 )
-def test_bad_options_exit_with_2_and_one_line(
-    arguments: tuple[object, ...],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_bad_options_are_one_line_and_exit_code_2(
+    options: list[object], parts: list[str], tmp_path: Path, main: Main
 ) -> None:
-    assert run_main(monkeypatch, "--data-dir", tmp_path, *arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("dataset.py: ")
-    assert error.count("\n") == 1
-    assert message in error
+    error = error_of(main("--data-dir", tmp_path / "out", *options))
+    assert all(part in error for part in parts)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"shard_size": 99}, "shard_size 100 there, 99 here"),
-        ({"max_tokens": 5}, "max_tokens None there, 5 here"),
-        ({"source": "b"}, "revision"),
-    ],
-)
 def test_a_folder_begun_with_other_options_is_left_alone(
-    change: dict[str, Any], message: str, tmp_path: Path
+    prepared: DatasetConfig, tmp_path: Path
 ) -> None:
-    write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    write_jsonl(tmp_path / "b.jsonl", TEXTS[::-1])
-    options = {"source": "a", "shard_size": 100}
+    before = contents(prepared.data_dir)
+    other = str(write(tmp_path / "b.jsonl", TEXTS[::-1]))
+    for config, message in [
+        (dataclasses.replace(prepared, shard_size=99), "shard_size was 100 and is now 99"),
+        (dataclasses.replace(prepared, max_tokens=5), "max_tokens was None and is now 5"),
+        (dataclasses.replace(prepared, source=other), "revision was .* and is now"),
+    ]:
+        with pytest.raises(ValueError, match=f"{message}.*give another --data-dir"):
+            prepare(config)
+        assert contents(prepared.data_dir) == before
+
+
+@pytest.mark.parametrize("index", [None, "{}", "[]", "{", '{"shards": [5]}'])
+def test_a_folder_of_another_program_is_left_alone(index: str | None, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prepare(config_for(tmp_path / "a.jsonl", out))
-    before = {path: path.read_bytes() for path in out.iterdir()}
-    options.update(change)
-    with pytest.raises(ValueError, match=message) as error:
-        prepare(config_for(tmp_path / f"{options.pop('source')}.jsonl", out, **options))
-    assert "give another --data-dir" in str(error.value)
-    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    out.mkdir()
+    np.save(out / "edufineweb_val_000000.npy", np.zeros(5, np.uint16))
+    if index is not None:
+        (out / "index.json").write_text(index)
+    before = contents(out)
+    with pytest.raises(ValueError, match=r"index\.json"):
+        prepare(config_for(write(tmp_path / "a.jsonl", TEXTS), out))
+    assert contents(out) == before
 
 
-def test_shards_from_elsewhere_are_left_alone(tmp_path: Path) -> None:
-    np.save(tmp_path / "edufineweb_val_000000.npy", np.zeros(5, np.uint16))
-    with pytest.raises(ValueError, match=r"holds shards but no index\.json"):
-        prepare(config_for(write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path))
-
-
-def test_two_runs_into_one_folder_do_not_meet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    with open(tmp_path / ".index.json.lock", "w") as lock:
-        dataset.fcntl.flock(lock, dataset.fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another run writes to"):
-            prepare(config_for(source, tmp_path))
-    prepare(config_for(source, tmp_path))
+def test_two_runs_cannot_write_into_one_folder(prepared: DatasetConfig) -> None:
+    lock = common.lock_folder(prepared.data_dir, flag="--data-dir", name=".index.json.lock")
+    with pytest.raises(ValueError, match="another run"):
+        prepare(prepared)
+    lock.release()
+    prepare(prepared)
 
 
 # ---- verifying -----------------------------------------------------------------------------------
@@ -388,54 +359,48 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a flipped bit": (flip_a_bit, "has changed: another SHA-256"),
-    "gone": (Path.unlink, "is missing"),
-    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-2]), "is no whole NumPy file"),
-    "empty": (lambda p: p.write_bytes(b""), "is no whole NumPy file"),
-    "shorter": (lambda p: np.save(p, np.zeros(7, np.uint16)), "has 7 tokens, of 100"),
-    "int32": (lambda p: np.save(p, np.zeros(100, np.int32)), "holds int32 (100,), not uint16"),
-    "2-D": (lambda p: np.save(p, np.zeros((2, 50), np.uint16)), "holds uint16 (2, 50), not"),
-    "no token": (lambda p: np.save(p, np.full(100, 50257, np.uint16)), "has a token 50257, of"),
-    "renamed": (lambda p: p.rename(p.with_name("text_1.npy")), "is not named like a shard"),
-    "unknown": (
-        lambda p: np.save(p.with_name("text_train_000999.npy"), np.zeros(9, np.uint16)),
-        "is not in index.json",
-    ),
+def array(*shape: int, token: int = 0, dtype: Any = np.uint16) -> Callable[[Path], None]:
+    return lambda path: np.save(path, np.full(shape, token, dtype))
+
+
+SHARD = "text_train_000002.npy"
+# The file that is damaged, how, and what the report must say of it.
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "a flipped bit": (SHARD, flip_a_bit, "SHA-256"),
+    "gone": (SHARD, Path.unlink, "is missing"),
+    "cut": (SHARD, lambda p: os.truncate(p, 300), "is not a valid .npy file"),
+    "empty": (SHARD, lambda p: os.truncate(p, 0), "is not a valid .npy file"),
+    "shorter": (SHARD, array(7), "has 7 tokens"),
+    "int32": (SHARD, array(100, dtype=np.int32), "holds int32 (100,)"),
+    "2-D": (SHARD, array(2, 50), "holds uint16 (2, 50)"),
+    "no token": (SHARD, array(100, token=50257), "50257"),
+    "misnamed": ("text_1.npy", array(9), "is not named"),
+    "unknown": ("text_train_000999.npy", array(9), "is not in index.json"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGES)
 def test_verify_reports_every_bad_shard_and_exits_with_1(
-    case: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    case: str, prepared: DatasetConfig, main: Main
 ) -> None:
-    damage, message = DAMAGES[case]
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    out = tmp_path / "out"
-    prepare(config_for(source, out))
-    assert run_main(monkeypatch, "--verify", "--data-dir", out) == 0
-    assert "every shard is good" in capsys.readouterr().out
-    damage(out / "text_train_000002.npy")
-    damage_elsewhere = out / "text_train_000004.npy"
-    flip_a_bit(damage_elsewhere)
-    assert run_main(monkeypatch, "--verify", "--data-dir", out) == 1
-    report = capsys.readouterr().out
-    assert message in report
-    assert f"{damage_elsewhere} has changed" in report
+    name, damage, problem = DAMAGES[case]
+    out = prepared.data_dir
+    assert main("--verify", "--data-dir", out)[0] == 0
+    damage(out / name)
+    flip_a_bit(out / "text_train_000004.npy")
+    code, report, _ = main("--verify", "--data-dir", out)
+    assert (code, report.count("\n")) == (1, 2)
+    lines = {line.split()[0]: line for line in report.splitlines()}
+    assert problem in lines[str(out / name)]
+    assert "has changed" in lines[str(out / "text_train_000004.npy")]
 
 
-def test_a_missing_or_shortened_shard_is_written_again(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    out = tmp_path / "out"
-    prepare(config_for(source, out))
-    before = {path.name: path.read_bytes() for path in out.glob("*")}
-    (out / "text_train_000002.npy").unlink()
-    (out / "text_train_000005.npy").write_bytes(b"short")
-    prepare(config_for(source, out))
-    assert {path.name: path.read_bytes() for path in out.glob("*")} == before
+def test_a_missing_or_shortened_shard_is_written_again(prepared: DatasetConfig) -> None:
+    before = contents(prepared.data_dir)
+    (prepared.data_dir / SHARD).unlink()
+    (prepared.data_dir / "text_train_000005.npy").write_bytes(b"short")
+    prepare(prepared)
+    assert contents(prepared.data_dir) == before
 
 
 def test_verify_checks_shards_without_an_index(tmp_path: Path) -> None:

@@ -1,64 +1,51 @@
 """Several ranks and machines: what they send each other, and what a death among them does."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from launcher import TINY, free_port, metrics, run, wait_for, write_shards
+from launcher import (
+    LONG,
+    free_port,
+    metrics,
+    run_well,
+    saved_steps,
+    start_torchrun,
+    steps_done,
+    wait_for,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
 
-ROOT = Path(__file__).parents[1]
 PLAIN = ("--val-every", "0", "--sample-every", "0", "--max-steps", "20")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with shards in ``data``, in which runs write to ``log``."""
-    write_shards(tmp_path / "data")
-    return tmp_path
+def count_rounds(run: Any) -> None:
+    """Rank 0 leaves how many rounds of all-reduce its steps have made."""
 
+    def hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        run.rounds += bucket.is_last()  # a round is one of each bucket
+        return allreduce_hook(group, bucket)
 
-def count_rounds() -> None:
-    """Rank 0 leaves the number of its all-reduce rounds, and the types that they carry."""
-    import train
-
-    parallel, fit = train.DistributedDataParallel, train.Run.fit
-    rounds: list[bool] = []
-
-    def counting(*arguments: Any, **options: Any) -> Any:
-        ddp = parallel(*arguments, **options)
-
-        def hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-            rounds.append(bucket.is_last())  # a round is one of each bucket
-            return allreduce_hook(group, bucket)
-
-        ddp.register_comm_hook(dist.group.WORLD, hook)
-        return ddp
-
-    def fit_and_tell(self: Any) -> None:
-        fit(self)
-        if self.world.rank == 0:
-            Path("rounds.json").write_text(json.dumps([self.micro_steps, sum(rounds)]))
-
-    train.DistributedDataParallel, train.Run.fit = counting, fit_and_tell
+    if run.step == 0:
+        run.rounds = 0
+        run.ddp.register_comm_hook(dist.group.WORLD, hook)
+    if run.dist_info.rank == 0:
+        counts = [run.micro_steps, run.step, run.rounds]
+        Path("rounds.json").write_text(json.dumps(counts))
 
 
 def test_the_parallel_model_compiles_into_a_graph_for_each_bucket() -> None:
     """Then the exchange of one bucket overlaps the backward pass of the next."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(d_model=128, n_heads=4, n_layers=8, context_length=16, vocab_size=512))
+    model = GPT(GPTConfig(d_model=128, n_heads=4, n_layers=4, context_length=16, vocab_size=512))
     idx = torch.randint(512, (2, 2, 16))
     model(*idx).backward()
     expected = [p.grad.clone() for p in model.parameters()]
@@ -83,16 +70,14 @@ def test_the_parallel_model_compiles_into_a_graph_for_each_bucket() -> None:
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(2, 2), (4, 1)])
 def test_gradients_are_exchanged_once_a_step(folder: Path, ranks: int, micro_batch: int) -> None:
     flags = (*PLAIN, "--micro-batch", str(micro_batch))
-    code, _, err = run(folder, *flags, ranks=ranks, fault=count_rounds)
-    assert (code, err) == (0, "")
-    micro_steps, rounds = json.loads((folder / "rounds.json").read_text())
-    assert (micro_steps, rounds) == (4, 20)
+    run_well(folder, *flags, ranks=ranks, on_step=count_rounds)
+    micro_steps, steps, rounds = json.loads((folder / "rounds.json").read_text())
+    assert (micro_steps, steps, rounds) == (4, 19, 19)
 
 
 def test_gradients_in_bf16_train_the_same_but_for_rounding(folder: Path) -> None:
     for log, flags in (("fp32", ()), ("bf16", ("--bf16-grads",))):
-        code, _, err = run(folder, *PLAIN, "--log-dir", log, *flags, ranks=2)
-        assert (code, err) == (0, "")
+        run_well(folder, *PLAIN, "--log-dir", log, *flags, ranks=2)
     exact, rounded = (metrics(folder / log, "train") for log in ("fp32", "bf16"))
     assert list(exact) == list(rounded)
     losses = [(exact[key]["loss"], rounded[key]["loss"]) for key in exact]
@@ -100,46 +85,18 @@ def test_gradients_in_bf16_train_the_same_but_for_rounding(folder: Path) -> None
     assert all(a == pytest.approx(b, abs=0.02) for a, b in losses)
 
 
-# -- two machines: two agents of torchrun, which here share one ----------------------------------
-
-
-def start_agents(folder: Path, *flags: str) -> list[subprocess.Popen[bytes]]:
-    """torchrun with --nnodes=2, once a node, printing to ``node0`` and ``node1``."""
-    endpoint = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
-    agents = []
-    for node in range(2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", endpoint]
-        command += [f"--node-rank={node}", "--nproc-per-node=1", str(ROOT / "train.py")]
-        with (folder / f"node{node}").open("wb") as out:
-            agents.append(
-                subprocess.Popen(
-                    [*command, *TINY, *flags],
-                    cwd=folder,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    return agents
-
-
 def test_two_machines_train_and_the_death_of_one_ends_both_with_a_message(folder: Path) -> None:
-    agents = start_agents(folder, "--max-steps", "10", "--val-every", "0", "--sample-every", "0")
-    assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
-    assert list(metrics(folder / "log", "train")) == [("train", step) for step in range(10)]
-
-    agents = start_agents(folder, "--max-steps", "100000", "--log-dir", "endless")
-    try:
-        wait_for(lambda: ("train", 20) in metrics(folder / "endless", "train"))
-        begun = time.monotonic()
-        agents[1].kill()  # its worker is left behind, as when a supervisor kills just the agent
-        assert agents[1].wait() == -signal.SIGKILL
-        assert agents[0].wait(timeout=60) == 1
-        assert time.monotonic() - begun < 60
-    finally:
-        for agent in agents:
-            agent.kill()
-    assert "train.py: another rank has died" in (folder / "node0").read_text()
-    assert "train.py: torchrun has died" in (folder / "node1").read_text()
-    steps = [step for _, step in metrics(folder / "endless", "train")]
-    assert (folder / "endless" / f"step_{steps[-1] + 1:06d}" / "training_state.pt").exists()
+    """Two agents of torchrun, which here share a machine."""
+    options = ("--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.1:{free_port()}")
+    agents = [
+        start_torchrun(folder, *LONG, options=(*options, f"--node-rank={node}"))
+        for node in range(2)
+    ]
+    wait_for(lambda: steps_done(folder / "log") > 20)
+    agents[1].kill(signal.SIGKILL)  # its worker is left, as when a supervisor kills just the agent
+    assert [agent.wait() for agent in agents] == [1, -signal.SIGKILL]
+    assert "train.py: another rank has failed" in agents[0].err
+    wait_for(lambda: "train.py: torchrun has died" in agents[1].err)
+    last = steps_done(folder / "log")
+    assert list(metrics(folder / "log", "train")) == [("train", step) for step in range(last)]
+    assert saved_steps(folder / "log")[-1] == last

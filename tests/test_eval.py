@@ -1,4 +1,4 @@
-"""eval.py: one validation loss for any number of ranks, and a command that says what is wrong."""
+"""eval.py: the validation loss for any number of ranks, and the command line."""
 
 import io
 import json
@@ -6,7 +6,9 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +18,12 @@ import torch.nn.functional as F
 from hub_server import HubServer
 from test_hellaswag import raw_examples, write_jsonl
 
-import eval as eval_script
 import hellaswag
+from common import END_OF_TEXT
 from data_loader import TokenDataset
 from dataset import get_tokenizer
-from eval import validation_loss
-from model import END_OF_TEXT, GPT, GPTConfig
+from eval import main, validation_loss
+from model import GPT, GPTConfig
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -33,17 +35,16 @@ def small_model(context_length: int = 16) -> GPT:
     return GPT(GPTConfig(16, 2, 2, context_length, 50304)).requires_grad_(False)
 
 
-@pytest.fixture(scope="module")
-def tokens() -> np.ndarray:
-    """Two documents, 50 windows of 16 tokens in each of two shards."""
+def two_shards() -> np.ndarray:
+    """Tokens (2, 801) of a few documents: 50 windows of 16 tokens in each row."""
     document = [END_OF_TEXT, *get_tokenizer().encode_ordinary(TEXT * 60)]
-    return np.array((document * 4)[:1602], dtype=np.uint16)
+    return np.array((document * 4)[:1602], dtype=np.uint16).reshape(2, 801)
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory, tokens: np.ndarray) -> Path:
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    for i, shard in enumerate(tokens.reshape(2, 801)):
+    for i, shard in enumerate(two_shards()):
         np.save(folder / f"small_val_{i:06d}.npy", shard)
     return folder
 
@@ -55,10 +56,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def exact_loss(model: GPT, tokens: np.ndarray, windows: int, T: int = 16) -> float:
+def exact_loss(model: GPT, windows: int, T: int = 16) -> float:
+    """The mean loss of the first windows, one at a time."""
     losses = []
-    for start in [shard * 801 + i * T for shard in range(2) for i in range(800 // T)][:windows]:
-        idx = torch.from_numpy(tokens[start : start + T + 1].astype(np.int64))[None]
+    starts = [(shard, i * T) for shard in range(2) for i in range(800 // T)]
+    for shard, start in starts[:windows]:
+        window = two_shards()[shard, start : start + T + 1]
+        idx = torch.from_numpy(window.astype(np.int64))[None]
         losses.append(F.cross_entropy(model(idx[:, :-1])[0], idx[0, 1:]))
     return float(torch.stack(losses).mean())
 
@@ -66,65 +70,75 @@ def exact_loss(model: GPT, tokens: np.ndarray, windows: int, T: int = 16) -> flo
 @pytest.mark.parametrize("micro_batch", [1, 7, 64])
 @pytest.mark.parametrize("windows", [1, 60, 100])
 def test_loss_is_that_of_the_first_tokens_for_any_micro_batch(
-    data_dir: Path, tokens: np.ndarray, micro_batch: int, windows: int
+    data_dir: Path, micro_batch: int, windows: int
 ) -> None:
-    model, dataset = small_model(), TokenDataset(data_dir, "val", 16)
+    model = small_model()
+    dataset = TokenDataset(data_dir, "val", 16)
     loss = validation_loss(model, dataset, windows * 16 + 5, micro_batch, CPU)
-    assert loss == pytest.approx(exact_loss(model, tokens, windows), abs=1e-5)
+    assert loss == pytest.approx(exact_loss(model, windows), abs=1e-5)
+
+
+def measure(data_dir: Path, examples: Path, rank: int, world_size: int) -> list[Any]:
+    """What train.py asks of each rank: the loss of all windows and of one, and HellaSwag."""
+    model = small_model(128)
+    dataset = TokenDataset(data_dir, "val", 16)
+    return [
+        validation_loss(model, dataset, 1600, 8, CPU, rank, world_size),
+        validation_loss(model, dataset, 16, 8, CPU, rank, world_size),  # most ranks have no window
+        hellaswag.predict(model, hellaswag.load_examples(examples), CPU, rank, world_size).tolist(),
+    ]
 
 
 def rank_main(rank: int, data_dir: Path, examples: Path, results: Path) -> None:
-    """What train.py asks of each rank; its answers go to a file."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{results / 'rendezvous'}", rank=rank, world_size=3
-    )
-    model, dataset = small_model(128), TokenDataset(data_dir, "val", 16)
-    loss = validation_loss(model, dataset, 1600, 8, CPU, rank, 3)
-    few = validation_loss(model, dataset, 16, 8, CPU, rank, 3)  # two of the ranks have no window
-    chosen = hellaswag.predict(model, hellaswag.load_examples(examples), CPU, rank, 3)
-    (results / f"{rank}.json").write_text(json.dumps([loss, few, chosen.tolist()]))
+    rendezvous = f"file://{results / 'rendezvous'}"
+    torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=3)
+    (results / f"{rank}.json").write_text(json.dumps(measure(data_dir, examples, rank, 3)))
 
 
 def test_three_ranks_return_what_one_process_does(data_dir: Path, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "examples.jsonl", raw_examples(7))
-    mp.spawn(rank_main, (data_dir, path, tmp_path), nprocs=3)
+    examples = write_jsonl(tmp_path / "examples.jsonl", raw_examples(7))
+    mp.spawn(rank_main, (data_dir, examples, tmp_path), nprocs=3)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     assert ranks[0] == ranks[1] == ranks[2]
-    model, dataset = small_model(128), TokenDataset(data_dir, "val", 16)
-    assert ranks[0][0] == pytest.approx(validation_loss(model, dataset, 1600, 8, CPU), abs=1e-6)
-    assert ranks[0][1] == pytest.approx(validation_loss(model, dataset, 16, 8, CPU), abs=1e-6)
-    assert ranks[0][2] == hellaswag.predict(model, hellaswag.load_examples(path), CPU).tolist()
+    *losses, predictions = measure(data_dir, examples, 0, 1)
+    assert ranks[0][:2] == pytest.approx(losses, abs=1e-6)
+    assert ranks[0][2] == predictions
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *flags: str | Path, stdin: str = "") -> int:
-    """The exit code of `python eval.py FLAGS`, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-    try:
-        eval_script.main()
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
+Command = Callable[..., tuple[int, str, str]]
 
 
-@pytest.mark.parametrize("context_length", [8, 16])
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `python eval.py FLAGS` in this process: exit code, standard output and error."""
+
+    def run(*flags: str | Path, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = 0
+        try:
+            main()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("T", [8, 16])
 def test_the_loss_command_measures_any_context_length_in_bits_of_the_text(
-    data_dir: Path,
-    checkpoint: Path,
-    tokens: np.ndarray,
-    context_length: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    data_dir: Path, checkpoint: Path, T: int, command: Command
 ) -> None:
     flags = ("--loss", "--json", "--checkpoint", checkpoint.parent, "--data-dir", data_dir)
-    assert run(monkeypatch, *flags, "--context-length", str(context_length)) == 0
-    result = json.loads(capsys.readouterr().out)
-    loss = exact_loss(small_model(), tokens, 1600 // context_length, context_length)
+    code, out, _ = command(*flags, "--context-length", str(T))
+    assert code == 0
+    result = json.loads(out)
+    loss = exact_loss(small_model(), 1600 // T, T)
     assert result["loss"] == pytest.approx(loss, abs=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
-    targets = np.concatenate((tokens[1:801], tokens[802:1602]))  # windows overlap by one token
-    text = get_tokenizer().decode_bytes([t for t in targets.tolist() if t != END_OF_TEXT])
+    targets = two_shards()[:, 1:].ravel().tolist()
+    text = get_tokenizer().decode_bytes([token for token in targets if token != END_OF_TEXT])
     assert result["tokens"] == 1600
     assert result["bytes"] == len(text)
     bits = loss * 1600 / math.log(2) / len(text)
@@ -132,87 +146,77 @@ def test_the_loss_command_measures_any_context_length_in_bits_of_the_text(
 
 
 def test_samples_of_prompts_and_of_standard_input_are_json_lines(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, command: Command
 ) -> None:
     flags = ("--checkpoint", checkpoint, "--json", "--max-new-tokens", "20", "--seed", "5")
-    assert run(monkeypatch, *flags, "--num-samples", "2", stdin="The dog\nA house\n\n") == 0
-    captured = capsys.readouterr()
-    lines = [json.loads(line) for line in captured.out.splitlines()]
+    _, out, err = command(*flags, "--num-samples", "2", stdin="The dog\nA house\n\n")
+    lines = [json.loads(line) for line in out.splitlines()]
     assert [line["prompt"] for line in lines] == ["The dog"] * 2 + ["A house"] * 2 + [""] * 2
     assert [line["seed"] for line in lines] == [5, 6] * 3
-    assert captured.err.count("tokens/s") == 3
+    assert err.count("tokens/s") == 3
     prompts = ("--prompt", "The dog", "--prompt", "A house", "--prompt", "")
-    assert run(monkeypatch, *flags, *prompts, "--seed", "6") == 0
-    alone = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert alone == lines[1::2]  # seed 6 alone, and as the second sample of seed 5
+    _, out, _ = command(*flags, *prompts, "--seed", "6")
+    # Seed 6 alone is the second sample of seed 5.
+    assert [json.loads(line) for line in out.splitlines()] == lines[1::2]
 
 
-def test_streaming_prints_the_same_text(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_streaming_prints_the_same_text(checkpoint: Path, command: Command) -> None:
     flags = ("--checkpoint", checkpoint, "--prompt", "The dog", "--max-new-tokens", "30")
-    assert run(monkeypatch, *flags, "--num-samples", "2") == 0
-    whole = capsys.readouterr().out
-    assert run(monkeypatch, *flags, "--num-samples", "2", "--stream") == 0
-    assert capsys.readouterr().out == whole
+    _, whole, _ = command(*flags, "--num-samples", "2")
+    _, streamed, _ = command(*flags, "--num-samples", "2", "--stream")
+    assert streamed == whole
     assert whole.count("The dog") == 2
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (("--checkpoint", "nowhere/at/all"), "nowhere/at/all"),
-        (("--device", "abacus"), "abacus"),
-        (("--max-new-tokens", "0"), "max_new_tokens 0"),
-        (("--temperature", "-1", "--top-k", "0"), "top_k 0 is not at least 1; temperature -1"),
-        (("--top-p", "1.5"), "top_p 1.5"),
-        (("--stream", "--json"), "stream and json"),
-        (("--loss", "--data-dir", "no/such/folder"), "no/such/folder"),
-        (("--loss", "--val-tokens", "5"), "5 validation tokens"),
-        (("--loss", "--context-length", "17"), "17"),
-        (("--loss", "--context-length", "900"), "900"),
+        ("--checkpoint nowhere/at/all", ["nowhere/at/all"]),
+        ("--device abacus", ["abacus"]),
+        ("--max-new-tokens 0", ["max_new_tokens 0"]),
+        ("--temperature -1 --top-k 0", ["temperature -1", "top_k 0"]),  # both at once
+        ("--top-p 1.5", ["top_p 1.5"]),
+        ("--stream --json", ["stream", "json"]),
+        ("--loss --data-dir no/such/folder", ["no/such/folder"]),
+        ("--loss --val-tokens 5", ["5 validation tokens"]),
+        ("--loss --context-length 17", ["17"]),
+        ("--loss --context-length 900", ["900"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
-    flags: tuple[str, ...],
-    named: str,
-    checkpoint: Path,
-    data_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    flags: str, named: list[str], checkpoint: Path, data_dir: Path, command: Command
 ) -> None:
     defaults = ("--checkpoint", checkpoint, "--data-dir", data_dir, "--prompt", "x")
-    assert run(monkeypatch, *defaults, *flags) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("eval.py: ")
-    assert named in captured.err
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
+    code, out, err = command(*defaults, *flags.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("eval.py: ")
+    assert all(name in err for name in named)
 
 
-def test_a_model_and_hellaswag_come_from_the_hub(checkpoint: Path, tmp_path: Path) -> None:
-    data = tmp_path / "hellaswag"
-    (data / "data").mkdir(parents=True)
-    write_jsonl(data / "data" / "validation.jsonl", raw_examples(5))
-    (data / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files:\n"
-        "  - split: validation\n    path: data/validation.jsonl\n---\n"
-    )
+def test_a_model_and_hellaswag_come_from_the_hub(tmp_path: Path) -> None:
     model = tmp_path / "model"
     small_model(128).save_pretrained(model)
+    data = tmp_path / "hellaswag"
+    data.mkdir()
+    write_jsonl(data / "validation.jsonl", raw_examples(5))
 
-    def hellaswag_from(hub: HubServer, cache: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, ROOT / "hellaswag.py", "--checkpoint", "someone/small", "--json"]
-        environment = os.environ | hub.environment(tmp_path / cache)
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    def hellaswag_from(repos: dict[str, Path], cache: str) -> subprocess.CompletedProcess[str]:
+        flags = ["--checkpoint", "someone/small", "--json"]
+        with HubServer(repos) as hub:
+            return subprocess.run(
+                [sys.executable, str(ROOT / "hellaswag.py"), *flags],
+                env=os.environ | hub.environment(tmp_path / cache),
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
 
-    with HubServer({"someone/small": model, "Rowan/hellaswag": data}) as hub:
-        done = hellaswag_from(hub, "cache")
+    done = hellaswag_from({"someone/small": model, "Rowan/hellaswag": data}, "cache")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["n"] == 5
-    with HubServer({"someone/small": model}) as hub:
-        done = hellaswag_from(hub, "another")
+    done = hellaswag_from({"someone/small": model}, "another")
     assert done.returncode == 2
-    error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("hellaswag.py: Rowan/hellaswag: not to be had")
-    assert "--data" in error
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("hellaswag.py: ")
+    assert "Rowan/hellaswag" in error
+    assert "--data" in error  # the remedy

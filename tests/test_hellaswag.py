@@ -3,15 +3,20 @@
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import hellaswag
+from dataset import get_tokenizer, save_tokenizer
 from model import GPT, GPTConfig
 
+Examples = list[hellaswag.Example]
+Command = Callable[..., tuple[int, str, str]]
 CPU = torch.device("cpu")
 WORDS = "the man a dog runs over water red house she opens door".split()
 # Whatever the harness's cleaning touches: markup, double spaces, spaces at either end.
@@ -23,7 +28,7 @@ AWKWARD = [
 ]
 
 
-def raw_examples(n: int, longest: int = 20) -> list[dict[str, Any]]:
+def raw_examples(n: int) -> list[dict[str, Any]]:
     draw = random.Random(0)
 
     def text(low: int, high: int) -> str:
@@ -31,7 +36,8 @@ def raw_examples(n: int, longest: int = 20) -> list[dict[str, Any]]:
 
     examples = []
     for ind in range(n):
-        ctx_a, ctx_b = text(3, longest).capitalize() + ".", draw.choice(["", text(1, 3)])
+        ctx_a = text(3, 20).capitalize() + "."
+        ctx_b = draw.choice(["", text(1, 3)])
         raw = {"ind": ind, "activity_label": text(1, 2), "ctx_a": ctx_a, "ctx_b": ctx_b}
         raw |= AWKWARD[ind] if ind < len(AWKWARD) else {}
         raw["ctx"] = f"{raw['ctx_a']} {raw['ctx_b']}".rstrip()
@@ -55,162 +61,139 @@ def random_model(context_length: int) -> GPT:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("hellaswag") / "val.jsonl", raw_examples(40))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a context of 64, and 40 examples in val.jsonl."""
+    folder = tmp_path_factory.mktemp("hellaswag")
+    random_model(64).save_pretrained(folder)
+    write_jsonl(folder / "val.jsonl", raw_examples(40))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def examples(data: Path) -> list[hellaswag.Example]:
-    return hellaswag.load_examples(data)
+def examples(folder: Path) -> Examples:
+    return hellaswag.load_examples(folder / "val.jsonl")
 
 
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    return random_model(128)
-
-
-@pytest.fixture(scope="module")
-def chosen(model: GPT, examples: list[hellaswag.Example]) -> torch.Tensor:
-    return hellaswag.predict(model, examples, CPU)
-
-
-def test_predictions_equal_lm_eval_also_where_a_row_does_not_fit(
-    tmp_path: Path, data: Path
+@pytest.mark.parametrize("context_length", [128, 24])  # of 24 tokens, most rows do not fit
+def test_predictions_equal_lm_eval(
+    tmp_path: Path, folder: Path, examples: Examples, context_length: int
 ) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    ours = random_model(context_length)
+    ours.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, context_length)
+    # The harness's own task; only where its data comes from is replaced.
     task = {
-        "task": "hellaswag_local",
+        "include": str(Path(lm_eval.__file__).parent / "tasks/hellaswag/hellaswag.yaml"),
+        "task": "local",
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"validation": str(data)}},
-        "output_type": "multiple_choice",
-        "validation_split": "validation",
-        "doc_to_text": "{{query}}",
-        "doc_to_target": "{{label}}",
-        "doc_to_choice": "choices",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "dataset_kwargs": {"data_files": {"validation": str(folder / "val.jsonl")}},
+        "training_split": None,
     }
-    lines = [f"{key}: {json.dumps(value)}" for key, value in task.items()]
-    (tmp_path / "local.yaml").write_text(
-        "\n".join([*lines, "process_docs: !function local.process_docs"])
+    (tmp_path / "local.yaml").write_text(json.dumps(task))
+    chosen = hellaswag.predict(ours, examples, CPU)
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(str(tmp_path), device="cpu", dtype="float32", batch_size=16),
+        tasks=["local"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
     )
-    (tmp_path / "local.py").write_text("from lm_eval.tasks.hellaswag.utils import process_docs\n")
-
-    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    examples = hellaswag.load_examples(data)
-    for context_length in (128, 24):  # of 24 tokens, most rows do not fit
-        ours = random_model(context_length)
-        ours.save_pretrained(tmp_path / "model")
-        theirs = lm_eval.simple_evaluate(
-            model=HFLM(str(tmp_path / "model"), device="cpu", dtype="float32", batch_size=16),
-            tasks=["hellaswag_local"],
-            task_manager=tasks,
-            bootstrap_iters=0,
-        )
-        chosen = hellaswag.predict(ours, examples, CPU)
-        samples = sorted(theirs["samples"]["hellaswag_local"], key=lambda s: s["doc_id"])
-        assert len(samples) == len(examples)
-        for sample, (pred, pred_norm) in zip(samples, chosen[:, 1].tolist(), strict=True):
-            scores = [r[0] for r in sample["filtered_resps"]]
-            normed = [s / len(c) for s, c in zip(scores, sample["doc"]["choices"], strict=True)]
-            assert pred == scores.index(max(scores))
-            assert pred_norm == normed.index(max(normed))
-        summary = hellaswag.summarize(examples, chosen)
-        for name in ("acc", "acc_norm"):
-            figures = theirs["results"]["hellaswag_local"]
-            assert summary[f"harness_{name}"] == pytest.approx(figures[f"{name},none"])
+    samples = sorted(theirs["samples"]["local"], key=lambda sample: sample["doc_id"])
+    for sample, choices in zip(samples, chosen[:, 1].tolist(), strict=True):
+        scores = [response[0] for response in sample["filtered_resps"]]
+        endings = sample["doc"]["choices"]
+        normed = [score / len(end) for score, end in zip(scores, endings, strict=True)]
+        assert choices == [scores.index(max(scores)), normed.index(max(normed))]
+    summary = hellaswag.summarize(examples, chosen)
+    for name in ("acc", "acc_norm"):
+        expected = theirs["results"]["local"][f"{name},none"]
+        assert summary[f"harness_{name}"] == pytest.approx(expected)
 
 
-def test_log_likelihoods_equal_one_example_at_a_time(
-    model: GPT, examples: list[hellaswag.Example]
-) -> None:
-    for batch in hellaswag.pack(tuple(examples), 128, 512):
-        sums = hellaswag.log_likelihoods(model, batch, CPU)
-        for (e, q), row in zip(batch.questions, sums, strict=True):
-            question = examples[e].questions[q]
-            for ending, score in zip(question.endings, row, strict=True):
-                idx = torch.tensor([question.context + ending])
-                log_p = model(idx)[0, :-1].log_softmax(-1).gather(1, idx[0, 1:, None])
-                torch.testing.assert_close(score, log_p[-len(ending) :].sum(), atol=2e-4, rtol=1e-5)
+@pytest.mark.parametrize("context_length", [128, 24])
+def test_scores_equal_one_choice_at_a_time(examples: Examples, context_length: int) -> None:
+    model = random_model(context_length)
+    requests = tuple(request for example in examples for request in example.requests)
+    scores = torch.zeros(len(requests) * 4)
+    for batch in hellaswag.pack(requests, context_length):
+        hellaswag.add_log_likelihoods(model, batch, scores)
+    expected = []
+    for request in requests:
+        for choice in request.choices:
+            # The newest tokens that fit as inputs, and the last one, which is only predicted.
+            text = torch.tensor([(request.context + choice)[-context_length - 1 :]])
+            logits = model(text[:, :-1])[0, -len(choice) :]
+            expected.append(-F.cross_entropy(logits, torch.tensor(choice), reduction="sum"))
+    torch.testing.assert_close(scores, torch.stack(expected), atol=2e-4, rtol=1e-5)
 
 
-def test_completion_is_the_context_and_ending_as_they_are(examples: list[Any]) -> None:
-    encode = hellaswag.get_tokenizer().encode_ordinary
+def test_completion_is_the_context_and_ending_as_they_are(examples: Examples) -> None:
+    encode = get_tokenizer().encode_ordinary
     for raw, example in zip(raw_examples(40), examples, strict=True):
-        question = example.questions[0]
-        assert question.context == encode(raw["ctx"])
-        assert question.endings == [encode(" " + ending) for ending in raw["endings"]]
-        assert question.lengths == [len(ending) for ending in question.endings]
+        request = example.requests[0]
+        assert request.context == encode(raw["ctx"])
+        assert request.choices == [encode(" " + ending) for ending in raw["endings"]]
+        assert request.lengths == [len(choice) for choice in request.choices]
 
 
-def test_each_context_is_computed_once_and_shapes_are_few(examples: list[Any]) -> None:
-    hellaswag.pack.cache_clear()
-    batches = hellaswag.pack(tuple(examples), 128, 512)
-    needed = sum(
-        len(question.context) + sum(len(ending) - 1 for ending in question.endings)
-        for example in examples
-        for question in example.questions
-    )
-    computed = sum(int((batch.inputs[2] >= 0).sum()) for batch in batches)
-    assert computed == needed
-    assert sum(batch.scored.size(1) for batch in batches) == sum(
-        len(ending) for e in examples for question in e.questions for ending in question.endings
-    )
-    lengths = {batch.inputs.size(2) for batch in batches}
-    assert all(T % hellaswag.ROUND_TO == 0 for T in lengths)
-    assert len(lengths) <= 9
-    assert all(batch.inputs[0].numel() <= 512 for batch in batches)
-    assert hellaswag.pack(tuple(examples), 128, 512) is batches  # kept for the next evaluation
+def test_each_context_is_computed_once_with_little_padding(examples: Examples) -> None:
+    requests = tuple(request for example in examples for request in example.requests)
+    batches = hellaswag.pack(requests, 128)
+    choices = [choice for request in requests for choice in request.choices]
+    contexts = sum(len(request.context) for request in requests)
+    inputs = contexts + sum(len(choice) - 1 for choice in choices)
+    assert sum(batch.inputs[2].count_nonzero() for batch in batches) == inputs
+    assert sum(batch.targets.size(1) for batch in batches) == sum(map(len, choices))
+    assert sum(batch.inputs[0].numel() for batch in batches) <= 1.2 * inputs
+    for batch in batches:  # few shapes, and none larger than planned
+        assert batch.inputs.size(2) % hellaswag.ROUND_TO == 0
+        assert batch.inputs[0].numel() <= hellaswag.BATCH_TOKENS
+    # Kept for the next evaluation, which makes a tuple of its own.
+    assert hellaswag.pack((*requests[:40], *requests[40:]), 128) is batches
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 8, 100])
-def test_ranks_share_the_examples_and_count_each_once(
-    model: GPT,
-    examples: list[Any],
-    chosen: torch.Tensor,
-    world_size: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    whole = hellaswag.pack(tuple(examples), 128, 512)
-    monkeypatch.setattr(hellaswag, "pack", lambda *_: whole)
-    seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        hellaswag,
-        "log_likelihoods",
-        lambda model, batch, device: (
-            seen.extend(batch.questions) or torch.zeros(len(batch.questions), 4)
-        ),
-    )
-    for rank in range(world_size):
-        hellaswag.predict(model, examples, CPU, rank, world_size)
-    assert sorted(seen) == [(e, q) for e in range(40) for q in range(2)]
-    monkeypatch.undo()
-    parts = [hellaswag.predict(model, examples, CPU, r, world_size) for r in range(world_size)]
-    assert torch.equal(sum(parts), chosen)  # what the all-reduce of the ranks' answers makes
+def test_ranks_count_each_example_once(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hellaswag, "BATCH_TOKENS", 256)  # so that there are batches to share
+    examples = examples[:16]
+    model = random_model(128)
+    predicted: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, args, logits: predicted.append(len(logits)))
+    chosen = hellaswag.predict(model, examples, CPU)
+    targets = sum(predicted)
+    for world_size in (2, 3, 100):
+        predicted.clear()
+        parts = [hellaswag.predict(model, examples, CPU, r, world_size) for r in range(world_size)]
+        assert sum(predicted) == targets
+        # A rank's answer is 0 where the example is another's, so these are the answers of all.
+        assert torch.equal(torch.stack(parts).sum(dim=0), chosen)
 
 
-def test_evaluating_leaves_training_as_it_was(examples: list[Any]) -> None:
-    from torch._dynamo.utils import counters
+def test_evaluating_leaves_training_as_it_was(examples: Examples) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
 
     model = random_model(64).requires_grad_(True).train()
-    compiled = torch.compile(model, backend="eager", dynamic=False)
+    compiled = torch.compile(model, backend=backend, dynamic=False)
     idx = torch.zeros(2, 64, dtype=torch.int64)
     compiled(idx, idx).backward()
-    graphs = counters["stats"]["unique_graphs"]
-    before = [p.grad.clone() for p in model.parameters()]
+    before = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    compilations = len(graphs)
     hellaswag.predict(model, examples[:6], CPU)
     compiled(idx, idx).backward()
-    assert counters["stats"]["unique_graphs"] == graphs > 0
+    assert len(graphs) == compilations > 0
     assert model.training
-    for parameter, grad in zip(model.parameters(), before, strict=True):
-        torch.testing.assert_close(parameter.grad, 2 * grad)
+    after = [parameter.grad for parameter in model.parameters()]
+    torch.testing.assert_close(after, before)
 
 
-def test_summary_is_the_share_of_right_answers_with_its_standard_error(
-    examples: list[Any],
-) -> None:
+def test_summary_is_the_accuracies_with_their_standard_errors(examples: Examples) -> None:
     labels = torch.tensor([example.label for example in examples])
     chosen = labels[:, None, None].repeat(1, 2, 2)
     chosen[:10, 0, 1] += 1  # ten wrong by acc_norm of completion
@@ -220,102 +203,88 @@ def test_summary_is_the_share_of_right_answers_with_its_standard_error(
     assert summary["acc_norm_stderr"] == pytest.approx((0.75 * 0.25 / 39) ** 0.5)
 
 
+@pytest.fixture
+def command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    """`python hellaswag.py FLAGS` in this process: its exit code, output and errors."""
+
+    def run(*flags: str | Path) -> tuple[int, str, str]:
+        defaults = ("--checkpoint", folder, "--data", folder / "val.jsonl")
+        monkeypatch.setattr(sys, "argv", ["hellaswag.py", *map(str, (*defaults, *flags))])
+        code = 0
+        try:
+            hellaswag.main()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
 GOOD = raw_examples(6)[5]
-MALFORMED = {
-    "{": "not a JSON object",
-    "[1, 2]": "not a JSON object",
-    json.dumps({k: v for k, v in GOOD.items() if k != "ctx"}): "no text in ctx",
-    json.dumps(GOOD | {"activity_label": None}): "no text in activity_label",
-    json.dumps(GOOD | {"ctx": " "}): "its context is empty",
-    json.dumps({k: v for k, v in GOOD.items() if k != "endings"}): "not a list of four",
-    json.dumps(GOOD | {"endings": ["a", "b", "c"]}): "not a list of four",
-    json.dumps(GOOD | {"endings": ["a", "b", "", "d"]}): "an ending is empty",
-    json.dumps(GOOD | {"label": 4}): "label 4 is not 0, 1, 2 or 3",
-    json.dumps(GOOD | {"label": ""}): "label '' is not 0, 1, 2 or 3",
-    json.dumps(GOOD | {"endings": ["dog " * 200] * 4}): "does not fit the context of 64",
-}
+# A line that is not an example, and what the message must name.
+MALFORMED = [
+    ("{", ["JSON"]),
+    ("[1, 2]", ["JSON"]),
+    (json.dumps({"ind": 5}), ["ctx_b", "ctx_a", "ctx ", "activity_label", "endings", "label None"]),
+    (json.dumps(GOOD | {"activity_label": None}), ["activity_label"]),
+    (json.dumps(GOOD | {"ctx": " "}), ["ctx", "empty"]),
+    (json.dumps(GOOD | {"ctx_a": ""}), ["ctx_a", "empty"]),
+    (json.dumps(GOOD | {"endings": ["a", "b", "c"]}), ["endings", "four"]),
+    (json.dumps(GOOD | {"endings": ["a", "b", "", "d"]}), ["ending", "empty"]),
+    (json.dumps(GOOD | {"label": 4}), ["label 4"]),
+    (json.dumps(GOOD | {"label": ""}), ["label ''"]),
+    (json.dumps(GOOD | {"endings": ["dog " * 200] * 4}), ["201 tokens", "context of 64"]),
+]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
-    """The exit code of `python hellaswag.py FLAGS`, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["hellaswag.py", *flags])
-    try:
-        hellaswag.main()
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    random_model(64).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("line", MALFORMED, ids=MALFORMED.values())
+@pytest.mark.parametrize(("line", "named"), MALFORMED)
 def test_a_malformed_line_is_named_by_its_number(
-    line: str,
-    checkpoint: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    line: str, named: list[str], command: Command, tmp_path: Path
 ) -> None:
-    path, output = tmp_path / "bad.jsonl", tmp_path / "out.jsonl"
+    path = tmp_path / "bad.jsonl"
+    output = tmp_path / "out.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
-    flags = ("--checkpoint", checkpoint, "--data", str(path), "--output", str(output))
-    assert run(monkeypatch, *flags) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith(f"hellaswag.py: {path}, line 2: ")
-    assert MALFORMED[line] in error
-    assert "\n" not in error
+    code, _, error = command("--data", path, "--output", output)
+    assert code == 2
+    where = f"hellaswag.py: {path}, line 2: "
+    assert error.startswith(where)
+    for text in named:
+        assert text in error.removeprefix(where)
+    assert error.count("\n") == 1
     assert not output.exists()
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("flag", "value"),
     [
-        (("--checkpoint", "nowhere/at/all"), "nowhere/at/all"),
-        (("--data", "missing.jsonl"), "missing.jsonl"),
-        (("--limit", "0"), "--limit 0"),
-        (("--device", "abacus"), "abacus"),
-        (("--output", "no/such/folder/x.jsonl"), "no/such/folder/x.jsonl"),
+        ("--checkpoint", "nowhere/at/all"),
+        ("--data", "missing.jsonl"),
+        ("--limit", "-7"),
+        ("--device", "abacus"),
+        ("--output", "no/such/folder/x.jsonl"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
-    flags: tuple[str, str],
-    named: str,
-    checkpoint: str,
-    data: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    defaults = ("--checkpoint", checkpoint, "--data", str(data))
-    assert run(monkeypatch, *defaults, *flags) == 2
-    error = capsys.readouterr().err.strip()
+def test_a_mistake_is_one_line_and_exit_code_2(flag: str, value: str, command: Command) -> None:
+    code, _, error = command(flag, value)
+    assert code == 2
     assert error.startswith("hellaswag.py: ")
-    assert named in error
-    assert "\n" not in error
+    assert value in error
+    assert error.count("\n") == 1
 
 
-def test_the_command_prints_four_figures_and_writes_a_line_for_each_example(
-    checkpoint: str,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_command_prints_figures_and_saves_predictions(command: Command, tmp_path: Path) -> None:
     output = tmp_path / "predictions.jsonl"
-    flags = ("--checkpoint", checkpoint, "--data", str(data), "--limit", "12")
-    assert run(monkeypatch, *flags, "--output", str(output), "--json") == 0
-    summary = json.loads(capsys.readouterr().out)
+    code, out, _ = command("--limit", "12", "--output", output, "--json")
+    assert code == 0
+    summary = json.loads(out)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["ind"] for line in lines] == list(range(12))
+    code, out, _ = command("--limit", "12")
+    assert code == 0
     for prefix, convention in (("", "completion"), ("harness_", "harness")):
-        for place, name in enumerate(("acc", "acc_norm")):
+        for place, name in enumerate((f"{prefix}acc", f"{prefix}acc_norm")):
             right = sum(line[convention][place] == line["label"] for line in lines)
-            assert summary[prefix + name] == right / 12
-    assert run(monkeypatch, *flags) == 0
-    out = capsys.readouterr().out
-    assert out.count("acc_norm") == 2
-    assert f"{summary['harness_acc_norm']:.4f}" in out
+            assert summary[name] == right / 12
+            assert f"{name} {summary[name]:.4f} ± {summary[f'{name}_stderr']:.4f}" in out

@@ -1,222 +1,230 @@
-"""What a run tells: lines that survive faults, a live line, and the trackers' own readers."""
+"""What a run reports: lines that survive faults, a live line, and the trackers' own readers."""
 
-import io
 import json
 import math
-import struct
+import os
+import pty
+import re
+import shutil
 import sys
-from collections.abc import Iterator
+import termios
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
+from subprocess import getoutput
 from typing import Any
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
+import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import metrics
 import plot
-from metrics import Metrics
+from metrics import MetricsLogger
+
+Capture = pytest.CaptureFixture[str]
+MonkeyPatch = pytest.MonkeyPatch
+CPU = torch.device("cpu")
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+def new_logger(log_dir: Path, enabled: bool = True) -> MetricsLogger:
+    return MetricsLogger(
+        log_dir, enabled, CPU, max_steps=4, tokens_per_step=100, flops_per_step=50, peak_flops=1e3
+    )
 
 
-def test_each_write_is_a_line_with_its_kind_step_and_time(tmp_path: Path) -> None:
-    log = Metrics(tmp_path, enabled=True)
-    log.write("train", 3, loss=2.5, mfu=None)
-    log.write("val", 3, loss=2.25)
-    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert (first["kind"], first["step"], first["loss"], first["mfu"]) == ("train", 3, 2.5, None)
-    assert second["kind"] == "val"
-    assert first["time"] <= second["time"]
+@pytest.fixture
+def log(tmp_path: Path) -> MetricsLogger:
+    return new_logger(tmp_path)
 
 
-def test_only_rank_0_writes_and_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = Metrics(tmp_path, enabled=False)
-    log.write("train", 0, loss=1.0)
-    log.say("hello")
-    assert not list(tmp_path.iterdir())
-    assert capsys.readouterr().out == ""
+def log_step(log: MetricsLogger, step: int, loss: float, norm: float = 1.0) -> None:
+    log.log_step(step, lr=0.5, stats=torch.tensor([loss, 0.0, norm]))
 
 
-def test_a_line_is_json_in_any_language_and_the_console_shows_what_it_was(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    log = Metrics(tmp_path, enabled=True)
-    log.write("run", 0, config={"grad_clip": math.inf, "model": {"d_model": 64}})
-    numbers = dict.fromkeys(("z", "lr", "tokens_per_s", "memory_gb"), 0.5)
-    log.train_step(0, 4, loss=math.nan, grad_norm=-math.inf, mfu=None, ms=1e3, **numbers)
+def read_rows(log: MetricsLogger) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (log.log_dir / "metrics.jsonl").open()]
 
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
 
-    text = (tmp_path / "metrics.jsonl").read_text()
-    run, train = (json.loads(line, parse_constant=refuse) for line in text.splitlines())
+def test_rows_have_kind_step_and_time_and_a_step_its_derived_numbers(log: MetricsLogger) -> None:
+    log_step(log, 3, loss=2.5, norm=0.25)
+    with log.timed("val", 4) as row:
+        row["loss"] = 2.25
+    with log.timed("checkpoint", 4):
+        pass  # has nothing to report
+    train, val = read_rows(log)
+    assert train.items() >= {"kind": "train", "step": 3, "loss": 2.5, "grad_norm": 0.25}.items()
+    assert train["tokens_per_s"] == pytest.approx(100 / (train["ms"] / 1e3))
+    assert train["mfu"] == pytest.approx(50 / (train["ms"] / 1e3) / 1e3)
+    assert val.items() >= {"kind": "val", "step": 4, "loss": 2.25}.items()
+    assert val["seconds"] >= 0
+    assert train["time"] <= val["time"]
+
+
+def test_a_spike_has_a_high_z_score_and_skipped_updates_are_counted(log: MetricsLogger) -> None:
+    for step in range(20):
+        log_step(log, step, loss=5.0 + step % 2)
+    counts = []
+    for step, loss, norm in ((20, 8.0, math.inf), (21, math.nan, math.nan), (22, 5.0, 1.0)):
+        log_step(log, step, loss, norm)
+        counts.append(log.skipped_in_a_row)
+    assert counts == [1, 2, 0]
+    rows = read_rows(log)
+    assert rows[15]["z"] == 0  # too few to compare with
+    assert rows[20]["z"] == pytest.approx((8 - 5.5) / 0.5)
+    assert [row["step"] for row in rows if row.get("skipped")] == [20, 21]
+
+
+def test_a_gpu_step_is_read_one_step_late(log: MetricsLogger, monkeypatch: MonkeyPatch) -> None:
+    arrivals = [Mock(), Mock(), Mock()]
+    stream = Mock(record_event=Mock(side_effect=arrivals))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    for step in range(3):
+        copy = Mock(return_value=torch.tensor([step, 0.0, 1.0]))
+        log.log_step(step, lr=0.5, stats=Mock(device=torch.device("cuda"), to=copy))
+        copy.assert_called_once_with("cpu", non_blocking=True)
+        assert [arrived.synchronize.called for arrived in arrivals].count(True) == step
+    log.flush()
+    assert [(row["step"], row["loss"]) for row in read_rows(log)] == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_only_rank_0_writes_and_prints(tmp_path: Path, capsys: Capture) -> None:
+    log = new_logger(tmp_path, enabled=False)
+    log.start(0, config={}, tensorboard=True, wandb=True)
+    log.log_step(0, lr=0.5, stats=torch.tensor([1.0, 1.0, 1.0]))
+    log.print("hello")
+    assert log.stop_requested  # all ranks read that one of them has to stop
+    assert (list(tmp_path.iterdir()), capsys.readouterr().out) == ([], "")
+
+
+def test_a_row_has_null_for_what_is_not_finite(log: MetricsLogger, capsys: Capture) -> None:
+    log.write("run", 0, {"config": {"grad_clip": math.inf, "model": {"d_model": 64}}})
+    log_step(log, 0, loss=math.nan, norm=-math.inf)
+    run, train = read_rows(log)
     assert run["config"] == {"grad_clip": None, "model": {"d_model": 64}}
     assert (train["loss"], train["grad_norm"], train["lr"]) == (None, None, 0.5)
     assert "loss     nan" in capsys.readouterr().out
-    assert np.isnan(plot.read_metrics(tmp_path).series("train", "loss")[1]).tolist() == [True]
+    assert math.isnan(plot.read_metrics(log.log_dir).series("train", "loss")[1][0])
 
 
 @pytest.mark.parametrize("torn", ['{"kind": "tra', '{"kind": "train"}'])
-def test_a_line_torn_by_a_kill_does_not_spoil_the_next(tmp_path: Path, torn: str) -> None:
-    (tmp_path / "metrics.jsonl").write_text(torn)
-    Metrics(tmp_path, enabled=True).write("train", 8, loss=1.0)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert lines[0] == torn
-    assert json.loads(lines[1])["step"] == 8
+def test_a_line_torn_by_a_kill_does_not_spoil_the_next(log: MetricsLogger, torn: str) -> None:
+    (log.log_dir / "metrics.jsonl").write_text(torn)
+    log_step(log, 8, loss=1.0)
+    first, second = (log.log_dir / "metrics.jsonl").read_text().splitlines()
+    assert (first, json.loads(second)["step"]) == (torn, 8)
+    assert metrics.parse_row(first) is None
+    assert metrics.parse_row(second) == json.loads(second)
 
 
-def test_metrics_that_cannot_be_written_are_said_once_and_end_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    log = Metrics(tmp_path / "file", enabled=True)  # a folder that cannot be
-    for step in range(3):
-        log.write("train", step, loss=1.0)
-    assert capsys.readouterr().out.count("training goes on without these metrics") == 1
+def test_a_terminal_shows_a_live_line_a_file_all(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    keyboard, screen = pty.openpty()
+    termios.tcsetwinsize(screen, (24, 80))
+    with open(screen, "w", encoding="utf-8") as terminal, (tmp_path / "out").open("w") as file:
+        for stream in (terminal, file):
+            monkeypatch.setattr(sys, "stdout", stream)
+            log = new_logger(tmp_path)
+            for step in range(4):
+                log_step(log, step, loss=0.5)
+            log.print("validation")
+            log.close()
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert len(lines) == 5
+    assert lines[1].startswith("step     1/4 | loss  0.5000")
+    assert lines[3].endswith("00:00 left")
+    shown = b""
+    with suppress(OSError):  # raised at the end of what was written
+        while True:
+            shown += os.read(keyboard, 4096)
+    assert shown.count(b"\n") == 2  # of the line that stays, and of the bar's end
+    assert "█████      step     1/4 | loss  0.5000" in shown.decode()
+    assert all(len(part) < 80 for part in shown.decode().split("\r"))
 
 
-def test_a_terminal_shows_one_live_line_and_a_file_one_line_a_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown, filed = Terminal(), io.StringIO()
-    for stream in (shown, filed):
-        monkeypatch.setattr(sys, "stdout", stream)
-        log = Metrics(tmp_path, enabled=True)
-        for step in range(4):
-            numbers = dict.fromkeys(("loss", "z", "lr", "grad_norm", "tokens_per_s"), 0.5)
-            log.train_step(step, 4, **numbers, ms=1e3, mfu=0.4, memory_gb=1.0)
-        log.say("validation")
-    assert filed.getvalue().count("\n") == 5
-    assert "mfu 40.0% | 1.0 GB | 0:00:02 left" in filed.getvalue()
-    assert shown.getvalue().count("\n") == 1  # only what stays ends its line
-    assert "█████░░░░░ step     1/4 | loss  0.5000" in shown.getvalue()
-    assert all(len(part) <= 80 for part in shown.getvalue().split("\r\x1b[K"))
-
-
-def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = Metrics(tmp_path, enabled=True)
-    log.trackers = metrics.trackers(tmp_path, {}, tensorboard=True, wandb=False)
-    for step in range(5):
-        log.write("train", step, loss=5.0 - step, mfu=None)
-    log.write("val", 5, loss=0.5, note="text is not a scalar")
+def test_a_console_that_is_closed_ends_nothing(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    keyboard, screen = pty.openpty()
+    terminal = open(screen, "w")  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", terminal)
+    log = new_logger(tmp_path)
+    os.close(keyboard)  # from now on writing is an OSError
+    log_step(log, 0, loss=0.5)
+    log.print("hello")
+    with suppress(OSError):
+        terminal.close()  # and from now on a ValueError
+    log_step(log, 1, loss=0.5)
     log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    assert len(read_rows(log)) == 2
+
+
+def test_tracker_files_hold_what_was_written(log: MetricsLogger, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log.start(0, config={}, tensorboard=True, wandb=True)
+    for step in range(3):
+        log.write("train", step, {"loss": 5.0 - step, "mfu": None})
+    log.write("val", 3, {"loss": 0.5, "note": "text is not a scalar"})
+    log.close()
+    events = EventAccumulator(str(log.log_dir / "tensorboard"))
     events.Reload()
     assert events.Tags()["scalars"] == ["train/loss", "val/loss"]
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
-        (step, 5.0 - step) for step in range(5)
-    ]
-
-
-def wandb_records(file: Path) -> Iterator[Any]:
-    """The messages of a .wandb file: LevelDB's log format, in blocks of 32 KiB, after 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, message = file.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # too little for a header: the block is padded
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        message += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            yield Record.FromString(message)
-            message = b""
-
-
-def test_wandb_offline_holds_what_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import wandb
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    log = Metrics(tmp_path, enabled=True)
-    log.trackers = metrics.trackers(tmp_path, {"seed": 7}, tensorboard=False, wandb=True)
-    for step in range(3):
-        log.write("train", step, loss=5.0 - step)
-    log.close()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(0, 5), (1, 4), (2, 3)]
     wandb.teardown()  # its service may still be writing when finish() has returned
-    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    items = [item for record in wandb_records(file) for item in record.history.item]
-    losses = [i.value_json for i in items if (i.key or "/".join(i.nested_key)) == "train/loss"]
-    assert [json.loads(loss) for loss in losses] == [5.0, 4.0, 3.0]
+    (file,) = log.log_dir.glob("wandb/offline-run-*/*.wandb")
+    # Protobuf: a name, the next field's number and length, its JSON. The summary repeats values.
+    losses = re.findall(rb"train/loss\x82\x01.([\d.]+)", file.read_bytes(), re.DOTALL)
+    assert [float(loss) for loss in dict.fromkeys(losses)] == [5.0, 4.0, 3.0]
 
 
-def test_a_tracker_that_fails_is_said_once_and_ends_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Broken:
-        def log(self, numbers: dict[str, float], step: int) -> None:
-            raise RuntimeError("no network\nand a second line")
-
-    log = Metrics(tmp_path, enabled=True)
-    log.trackers = [Broken(), *metrics.trackers(tmp_path, {}, tensorboard=True, wandb=False)]
+def test_a_tracker_that_fails_is_reported_once(log: MetricsLogger, capsys: Capture) -> None:
+    fail = Mock(side_effect=RuntimeError("no network\nand a second line"))
+    working = Mock()
+    log.trackers = [Mock(log=fail), Mock(finish=fail), working]
     for step in range(3):
-        log.write("train", step, loss=1.0)
-    assert [type(tracker).__name__ for tracker in log.trackers] == ["TensorBoard"]
+        log.write("train", step, {"loss": 1.0})
+    message = "Mock: no network; training continues without this tracker\n"
+    assert capsys.readouterr().out == message
     log.close()
-    assert capsys.readouterr().out.count("Broken: no network; training goes on") == 1
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert capsys.readouterr().out == message
+    assert (working.log.call_count, working.finish.call_count) == (3, 1)
+    assert len(read_rows(log)) == 3
 
 
-def test_a_tracker_that_cannot_finish_keeps_no_other_from_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Broken:
-        def finish(self) -> None:
-            raise RuntimeError("no network")
-
-    finished: list[str] = []
-    log = Metrics(tmp_path, enabled=True)
-    log.trackers = [Broken(), SimpleNamespace(finish=lambda: finished.append("the other"))]
-    log.close()
-    assert finished == ["the other"]
-    assert capsys.readouterr().out.startswith("Broken: no network; training goes on")
-
-
-def test_a_wandb_that_cannot_start_is_one_line_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import wandb
-
-    def no_login(**_: Any) -> None:
-        raise wandb.Error("No API key configured.\nSecond line")
-
-    monkeypatch.setattr(wandb, "init", no_login)
+def test_wandb_that_cannot_start_names_the_remedy(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb, "init", Mock(side_effect=wandb.Error("No API key configured.\nB")))
     with pytest.raises(ValueError, match=r"^--wandb: No API key configured\.; run `wandb login`"):
-        metrics.trackers(tmp_path, {}, tensorboard=False, wandb=True)
+        metrics.start_wandb(tmp_path, {})
 
 
-def test_mfu_uses_the_devices_own_peak_or_none() -> None:
-    assert metrics.peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
-    assert metrics.peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert metrics.peak_flops("NVIDIA L40S") == 362.05e12
-    assert metrics.peak_flops("NVIDIA GeForce GTX 1080") is None
+def test_mfu_uses_the_devices_own_peak_in_bf16_or_none() -> None:
+    assert metrics.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
+    assert metrics.peak_flops("NVIDIA H100 PCIe", "bfloat16", devices=8) == 8 * 756e12
+    assert metrics.peak_flops("NVIDIA L40S", "float32") is None
+    assert metrics.peak_flops("NVIDIA GeForce GTX 1080", "bfloat16") is None
 
 
-def test_provenance_names_versions_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert metrics.provenance()["versions"]["torch"] == torch.__version__
-    monkeypatch.setattr(
-        metrics.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="abc123\n")
-    )
-    assert metrics.provenance()["git_commit"] == "abc123"
+def test_the_start_of_a_run_names_versions_and_commit(log: MetricsLogger) -> None:
+    log.start(0, config={"seed": 7}, tensorboard=False, wandb=False, dtype="fp32")
+    (row,) = read_rows(log)
+    assert (row["kind"], row["config"], row["dtype"]) == ("run", {"seed": 7}, "fp32")
+    assert row["versions"]["torch"] == torch.__version__
+    assert row["git_commit"] == metrics.git_commit()
 
 
-def test_without_git_there_is_no_commit_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_that_of_the_scripts(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    for name in ("metrics.py", "common.py"):
+        shutil.copy(Path(metrics.__file__).with_name(name), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    ask = f"'{sys.executable}' -c 'import metrics; print(metrics.git_commit())'"
+    assert getoutput(ask) == "None"  # not in a repository
+    getoutput("git init; git -c user.name=a -c user.email=a@b commit --allow-empty -m a")
+    assert getoutput(ask) == getoutput("git rev-parse HEAD")
     monkeypatch.setenv("PATH", "")
-    assert metrics.provenance()["git_commit"] is None
+    assert getoutput(ask) == "None"  # git is not installed
 
 
-def test_this_machine_has_a_name_and_a_peak_of_memory() -> None:
-    cpu = torch.device("cpu")
-    assert metrics.device_name(cpu)
-    assert 0.05 < metrics.peak_memory_gb(cpu) < 1000
+def test_this_machine_has_a_name_and_a_peak_of_memory(monkeypatch: MonkeyPatch) -> None:
+    assert metrics.device_name(CPU)
+    assert 0.05 < metrics.peak_memory_gb(CPU) < 1000
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert math.isnan(metrics.peak_memory_gb(CPU))

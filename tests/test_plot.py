@@ -19,6 +19,7 @@ import plot
 
 BATCH = 1024
 Row = dict[str, Any]
+Command = Callable[..., tuple[int, str, str]]
 
 
 def start(step: int = 0, time: float = 1000.0, **changes: Any) -> Row:
@@ -26,7 +27,8 @@ def start(step: int = 0, time: float = 1000.0, **changes: Any) -> Row:
     config["model"] = {"d_model": 768, "n_layers": 12}
     row = {"kind": "run", "step": step, "time": time, "config": config, "parameters": 124082688}
     row |= {"device": "NVIDIA H100", "world_size": 8, "versions": {"torch": "2.13.0"}}
-    return row | {"git_commit": "0123abc", "resumed_from": None} | changes
+    row |= {"dataset": "edufineweb", "git_commit": "0123abc", "resumed_from": None}
+    return row | changes
 
 
 def train(step: int, loss: float, time: float, **changes: Any) -> Row:
@@ -35,24 +37,23 @@ def train(step: int, loss: float, time: float, **changes: Any) -> Row:
     return row | changes
 
 
-def val(step: int, loss: float, time: float) -> Row:
+def val(step: int, loss: float | None, time: float) -> Row:
     return {"kind": "val", "step": step, "time": time, "loss": loss, "tokens": 77, "seconds": 2.0}
 
 
-def a_run(steps: int = 200, preset: str = "gpt-xs", seed: int = 0) -> list[Row]:
+def a_run(steps: int = 200, seed: int = 0, **changes: Any) -> list[Row]:
     """A run such as train.py logs: a power law with noise, 0.1 s a step, the first one 30 s."""
     noise = np.random.default_rng(seed).normal(0, 0.05, steps)
-    rows, now = [start()], 1000.0
-    rows[0]["config"]["preset"] = preset
+    rows = [start(**changes)]
+    now = 1000.0
     for step in range(steps + 1):
         loss = 3.0 + 7.9 * (1 + step) ** -0.4
         if step % 50 == 0:
-            now += 2.0
-            rows.append(val(step, loss, now))
             accuracy = 0.25 + 0.08 * step / steps
-            scores = {"acc": accuracy - 0.01, "acc_norm": accuracy, "n": 400, "seconds": 4.0}
-            now += 4.0
-            rows.append({"kind": "hellaswag", "step": step, "time": now, **scores})
+            rows.append(val(step, loss, now + 2))
+            now += 6
+            row = {"kind": "hellaswag", "step": step, "time": now, "n": 400, "seconds": 4.0}
+            rows.append(row | {"acc": 0.32, "acc_stderr": 0.0123, "acc_norm": accuracy})
         if step < steps:
             ms = 30_000.0 if step == 0 else 100.0
             now += ms / 1000
@@ -61,16 +62,31 @@ def a_run(steps: int = 200, preset: str = "gpt-xs", seed: int = 0) -> list[Row]:
     return [*rows, sample]
 
 
-@pytest.fixture
-def log(tmp_path: Path) -> Callable[..., Path]:
-    def write(rows: list[Row], name: str = "log", tail: str = "") -> Path:
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        text = "".join(json.dumps(row) + "\n" for row in rows) + tail
-        (folder / "metrics.jsonl").write_text(text)
-        return folder
+def log(folder: Path, rows: list[Row], name: str = "log", tail: str = "") -> Path:
+    """Write a log, and return its folder."""
+    (folder / name).mkdir(exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows) + tail
+    (folder / name / "metrics.jsonl").write_text(text)
+    return folder / name
 
-    return write
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    """Run plot.py in ``tmp_path`` with these arguments: its exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["plot.py", *map(str, args)])
+        code = 0
+        try:
+            plot.main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
 
 
 def drawn(*folders: Path, x: plot.XAxis = "steps", smooth: int | None = None) -> list[Axes]:
@@ -80,7 +96,7 @@ def drawn(*folders: Path, x: plot.XAxis = "steps", smooth: int | None = None) ->
     return figure.axes
 
 
-def line(ax: Axes, label: str) -> tuple[list[float], list[float]]:
+def line(ax: Axes, label: str) -> list[list[float]]:
     (found,) = [line for line in ax.lines if line.get_label() == label]
     return [list(map(float, data)) for data in found.get_data()]
 
@@ -89,81 +105,69 @@ def references(ax: Axes) -> list[float]:
     return sorted(ln.get_ydata()[0] for ln in ax.lines if ":" not in ln.get_label())
 
 
+def reported(folder: Path) -> dict[str, list[str]]:
+    """The rows of the tables of a run's report: the other cells by what the first one says."""
+    rows = {}
+    for text in plot.report(folder).read_text().splitlines():
+        if text.startswith("|"):
+            name, *cells = re.split(r"(?<!\\)\|", text.strip("|"))
+            rows[name.strip()] = [cell.strip() for cell in cells]
+    return rows
+
+
 # ---------------------------------------------------------------- reading
 
 
-def test_the_last_line_for_a_step_counts(log: Callable[..., Path]) -> None:
-    rows = [start(), val(0, 9.0, 1001), val(5, 8.0, 1002), val(0, 7.0, 1003)]
-    assert plot.read_metrics(log(rows)).series("val", "loss")[1].tolist() == [7.0, 8.0]
-
-
-def test_a_resumed_run_takes_back_the_steps_beyond_its_checkpoint(log: Callable[..., Path]) -> None:
-    rows = [start(), *(train(s, 10.0 + s, 1001.0 + s) for s in range(6)), val(2, 5.0, 1010)]
-    rows += [start(2, 2000.0, resumed_from="step_000002"), train(2, 1.0, 2001), train(3, 2.0, 2002)]
-    metrics = plot.read_metrics(log(rows))
-    steps, losses = metrics.series("train", "loss")
-    assert steps.tolist() == [0, 1, 2, 3]
+def test_a_resumed_run_takes_back_the_steps_beyond_its_checkpoint(tmp_path: Path) -> None:
+    rows = [start(), *(train(s, 10.0 + s, 1001.0 + s) for s in range(6)), val(2, 5.0, 1036)]
+    rows.append(start(2, 90_000.0, resumed_from="step_000002"))
+    run = plot.read_metrics(log(tmp_path, [*rows, train(2, 1.0, 90_036), train(3, 2.0, 90_072)]))
+    hours, losses = run.series("train", "loss", "hours")
     assert losses.tolist() == [10.0, 11.0, 1.0, 2.0]
-    assert metrics.series("val", "loss")[1].tolist() == [5.0]
-    assert metrics.notes == ["resumed from step_000002"]
+    # Without the pause between the two processes.
+    assert hours[2:] == pytest.approx([0.02, 0.03])
+    assert run.series("train", "loss")[0].tolist() == [0, 1, 2, 3]
+    assert run.series("val", "loss")[1].tolist() == [5.0]
+    assert run.notes == ["resumed from step_000002"]
 
 
-def test_hours_leave_out_the_pause_between_two_processes(log: Callable[..., Path]) -> None:
-    rows = [start(), train(0, 9.0, 1036), start(1, 90_000.0, resumed_from="step_000001")]
-    hours, _ = plot.read_metrics(log([*rows, train(1, 8.0, 90_072)])).series(
-        "train", "loss", "hours"
-    )
-    assert hours == pytest.approx([0.01, 0.03])
+def test_a_fresh_start_in_the_same_file_is_another_run(tmp_path: Path) -> None:
+    rows = [start(), train(0, 9.0, 1001), train(1, 8.0, 1002), start(0, 5000.0)]
+    run = plot.read_metrics(log(tmp_path, [*rows, train(0, 7.0, 5036)]))
+    assert run.series("train", "loss")[1].tolist() == [7.0]
+    assert run.hours == pytest.approx(0.01)
 
 
-def test_a_fresh_start_in_the_same_file_is_another_run(log: Callable[..., Path]) -> None:
-    rows = [
-        start(),
-        train(0, 9.0, 1001),
-        train(1, 8.0, 1002),
-        start(0, 5000.0),
-        train(0, 7.0, 5036),
-    ]
-    metrics = plot.read_metrics(log(rows))
-    assert metrics.series("train", "loss")[1].tolist() == [7.0]
-    assert metrics.hours == pytest.approx(0.01)
-
-
-@pytest.mark.parametrize("tail", ['{"kind": "train", "st', '{"kind"', "\ufffd", "[1, 2]", "{}\n"])
-def test_a_torn_last_line_is_left_out_and_said(log: Callable[..., Path], tail: str) -> None:
-    metrics = plot.read_metrics(log([start(), train(0, 9.0, 1001)], tail=tail))
-    assert metrics.series("train", "loss")[1].tolist() == [9.0]
-    assert metrics.notes == ["torn or unreadable lines left out: 1"]
-
-
-def test_a_run_resumed_after_a_torn_line_is_read(log: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("torn", ['{"kind": "train", "st', '{"kind"', "\ufffd", "[1, 2]", "{}"])
+def test_torn_lines_are_left_out_and_said(tmp_path: Path, torn: str) -> None:
     again = [start(1, 2000.0, resumed_from="step_000001"), train(1, 8.0, 2001.0)]
-    tail = '{"kind": "train", "step": 1, "lo\n' + "\n".join(map(json.dumps, again))
-    metrics = plot.read_metrics(log([start(), train(0, 9.0, 1001)], tail=tail))
-    assert metrics.series("train", "loss")[1].tolist() == [9.0, 8.0]
-    assert metrics.notes == ["torn or unreadable lines left out: 1", "resumed from step_000001"]
+    tail = "\n".join([torn, *map(json.dumps, again), torn])
+    run = plot.read_metrics(log(tmp_path, [start(), train(0, 9.0, 1001)], tail=tail))
+    assert run.series("train", "loss")[1].tolist() == [9.0, 8.0]
+    assert run.notes == ["torn or unreadable lines left out: 2", "resumed from step_000001"]
 
 
-def test_a_loss_that_is_not_finite_is_a_gap_and_said(log: Callable[..., Path]) -> None:
+def test_a_loss_that_is_not_finite_is_a_gap_and_said(tmp_path: Path) -> None:
     losses = [9.0, math.nan, 7.0, math.inf] + [6.0] * 200
-    folder = log([start(), *(train(s, loss, 1001.0 + s) for s, loss in enumerate(losses))])
+    rows = [start(), *(train(s, loss, 1001.0 + s) for s, loss in enumerate(losses))]
+    folder = log(tmp_path, [*rows, val(204, None, 1300.0)])
     assert plot.read_metrics(folder).notes == ["steps without a finite loss: 2, first 1"]
     loss, *_ = drawn(folder)
     assert np.isnan(line(loss, "log: loss, each step")[1][1])
     assert np.isfinite(line(loss, "log: loss")[1]).all()
     assert np.isfinite(loss.get_ylim()).all()
+    assert reported(folder)["validation loss, step 204"][0] == "nan"
+    assert "Note: steps without a finite loss: 2, first 1." in (folder / "report.md").read_text()
 
 
 def test_a_log_of_build_nanogpt_is_read(tmp_path: Path) -> None:
-    lines = (
-        "0 val 10.9500\n0 hella 0.2463\n0 train 10.955349\n250 val 5.9000\n1 train 10.5\n2 train 9."
-    )
-    (tmp_path / "log.txt").write_text(lines)
+    lines = ["0 val 10.95", "0 hella 0.2463", "0 train 10.955349", "250 val 5.9", "1 train 10.5"]
+    # The last line has lost its end, perhaps in the middle of the number.
+    (tmp_path / "log.txt").write_text("\n".join([*lines, "2 train 9."]))
     metrics = plot.read_metrics(tmp_path)
     assert metrics.series("val", "loss")[0].tolist() == [0, 250]
     assert metrics.series("val", "loss", "tokens")[0].tolist() == [0, 250 * 524_288]
     assert metrics.series("hellaswag", "acc_norm")[1].tolist() == [0.2463]
-    # The last line has lost its end, perhaps in the middle of the number.
     assert metrics.series("train", "loss")[1].tolist() == [10.955349, 10.5]
     assert metrics.notes == ["torn or unreadable lines left out: 1"]
 
@@ -171,200 +175,141 @@ def test_a_log_of_build_nanogpt_is_read(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the picture
 
 
-def test_the_lines_drawn_are_the_numbers_logged(log: Callable[..., Path]) -> None:
+def test_the_lines_drawn_are_the_numbers_logged(tmp_path: Path) -> None:
     rows = a_run()
-    loss, hella, rate, speed, norm, mfu, *_ = drawn(log(rows))
+    loss, hella, rate, speed, norm, mfu, *_ = drawn(log(tmp_path, rows), smooth=0)
     logged = [row for row in rows if row["kind"] == "train"]
     steps = [row["step"] for row in logged]
-    for ax, label, name in (
-        (loss, "log: loss, each step", "loss"),
-        (rate, "log: lr", "lr"),
-        (speed, "log: tokens_per_s, each step", "tokens_per_s"),
-        (norm, "log: grad_norm, each step", "grad_norm"),
-        (mfu, "log: mfu", "mfu"),
-    ):
-        assert line(ax, label) == [steps, [row[name] for row in logged]]
+    names = ("loss", "lr", "tokens_per_s", "grad_norm", "mfu")
+    for ax, name in zip((loss, rate, speed, norm, mfu), names, strict=True):
+        assert line(ax, f"log: {name}") == [steps, [row[name] for row in logged]]
     vals = [row for row in rows if row["kind"] == "val"]
     assert line(loss, "log: val") == [[0, 50, 100, 150, 200], [row["loss"] for row in vals]]
     assert line(hella, "log: hellaswag")[1] == pytest.approx([0.25, 0.27, 0.29, 0.31, 0.33])
 
 
-def test_smoothing_is_a_centred_mean_and_zero_switches_it_off(log: Callable[..., Path]) -> None:
-    folder = log(a_run())
+def test_smoothing_is_a_centred_mean_behind_which_the_raw_values_stay(tmp_path: Path) -> None:
+    folder = log(tmp_path, a_run())
     losses = plot.read_metrics(folder).series("train", "loss")[1]
     loss, *_ = drawn(folder, smooth=5)
     smooth = line(loss, "log: loss")[1]
     assert smooth[100] == pytest.approx(losses[98:103].mean())
     assert np.std(np.diff(smooth)) < np.std(np.diff(losses))
-    loss, *_ = drawn(folder, smooth=0)
-    assert [ln.get_label() for ln in loss.lines[:2]] == ["log: loss", "log: val"]
-    assert line(loss, "log: loss")[1] == losses.tolist()
+    assert line(loss, "log: loss, each step")[1] == losses.tolist()
 
 
 @pytest.mark.parametrize(("x", "last"), [("steps", 200), ("tokens", 200 * BATCH), ("hours", 0.022)])
-def test_the_horizontal_axis(log: Callable[..., Path], x: plot.XAxis, last: float) -> None:
-    loss, _, rate, *_ = drawn(log(a_run()), x=x)
+def test_the_horizontal_axis(tmp_path: Path, x: plot.XAxis, last: float) -> None:
+    loss, _, rate, *_ = drawn(log(tmp_path, a_run()), x=x)
     assert line(loss, "log: val")[0][-1] == pytest.approx(last, rel=0.05)
     assert rate.get_xlabel() == x
-    tokens_above = [axis.get_xlabel() for axis in loss.child_axes]
-    assert tokens_above == (["tokens"] if x == "steps" else [])
-
-
-def test_the_second_axis_counts_tokens(log: Callable[..., Path]) -> None:
-    loss, *_ = drawn(log(a_run()))
+    assert len(loss.child_axes) == (1 if x == "steps" else 0)
     loss.figure.draw_without_rendering()
-    low, high = loss.get_xlim()
-    assert loss.child_axes[0].get_xlim() == pytest.approx((low * BATCH, high * BATCH))
+    for above in loss.child_axes:
+        assert above.get_xlabel() == "tokens"
+        assert np.array(above.get_xlim()) == pytest.approx(BATCH * np.array(loss.get_xlim()))
 
 
-def test_several_runs_lie_over_each_other_and_differ_without_colour(
-    log: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_several_runs_lie_over_each_other_and_differ_without_colour(tmp_path: Path) -> None:
     (tmp_path / "lineage").mkdir()
-    (tmp_path / "lineage/log.txt").write_text(
-        "0 val 10.9\n100 val 6.0\n0 hella 0.25\n0 train 11.0\n"
-    )
-    folders = [log(a_run(seed=0), "one"), log(a_run(seed=1), "two"), tmp_path / "lineage"]
-    loss, hella, *_ = drawn(*folders)
+    lines = "0 val 10.9\n100 val 6.0\n0 hella 0.25\n0 train 11.0\n"
+    (tmp_path / "lineage/log.txt").write_text(lines)
+    ours = [log(tmp_path, a_run(seed=i), name) for i, name in enumerate(("one", "two"))]
+    loss, hella, *_ = drawn(*ours, tmp_path / "lineage")
     assert line(loss, "one: val")[1] == line(loss, "two: val")[1]
     assert line(loss, "one: loss")[1] != line(loss, "two: loss")[1]
     assert line(loss, "lineage: val") == [[0, 100], [10.9, 6.0]]
     marks = [ln for ln in hella.lines if ":" in ln.get_label()]
     assert len({ln.get_marker() for ln in marks}) == 3
+    assert len({ln.get_linestyle() for ln in marks}) > 1
     (names,) = loss.figure.legends
     assert [text.get_text() for text in names.get_texts()] == ["one", "two", "lineage"]
 
 
-def test_published_figures_are_drawn_and_named(log: Callable[..., Path]) -> None:
-    loss, hella, *_ = drawn(log(a_run()))
+def test_runs_without_a_gradient_norm_are_drawn_together(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("0 train 11.0\n0 hella 0.25\n1 train 10.0\n")
+    *_, norm, _ = drawn(tmp_path, tmp_path)
+    norm.figure.draw_without_rendering()
+    assert norm.get_ylim()[0] > 0
+
+
+def test_published_figures_are_drawn_named_and_in_the_frame(tmp_path: Path) -> None:
+    loss, hella, *_ = drawn(log(tmp_path, a_run()))
     assert references(hella) == [0.25, 0.2955, 0.337]
     assert references(loss) == [3.2924]
     named = " ".join(text.get_text() for text in (*hella.texts, *loss.texts))
     for what in ("GPT-2\n124M\n0.2955", "GPT-3\n124M\n0.337", "chance\n0.25", "FineWeb-Edu"):
         assert what in named
+    # The frame shows the end of the loss, and not only its fall from 11.
+    low, high = loss.get_ylim()
+    assert low < 3.2924 < line(loss, "log: loss")[1][-1] < high < 8.0
 
 
-def test_a_quickstart_has_no_reference_loss_as_its_text_is_another(
-    log: Callable[..., Path],
-) -> None:
-    loss, hella, *_ = drawn(log(a_run(preset="quickstart")))
+@pytest.mark.parametrize("dataset", ["stdlib", None])
+def test_a_loss_on_another_text_is_not_compared(tmp_path: Path, dataset: str | None) -> None:
+    folder = log(tmp_path, a_run(dataset=dataset))
+    loss, hella, *_ = drawn(folder)
     assert references(loss) == []
     assert len(references(hella)) == 3
+    assert reported(folder)["validation loss, step 200"][1:] == ["", ""]
 
 
-def test_the_frame_shows_the_end_of_the_loss_and_not_only_its_fall(
-    log: Callable[..., Path],
-) -> None:
-    loss, *_ = drawn(log(a_run()))
-    low, high = loss.get_ylim()
-    end = line(loss, "log: loss")[1][-1]
-    assert low < 3.2924 < end < high < 8.0
-
-
-def test_what_a_run_has_not_logged_is_said(log: Callable[..., Path]) -> None:
+def test_what_a_run_has_not_logged_is_said(tmp_path: Path) -> None:
     rows = [start(), *(train(s, 9.0, 1001.0 + s, mfu=None) for s in range(5))]
-    _, hella, _, speed, _, mfu, *_ = drawn(log(rows))
-    assert hella.get_ylabel() == "HellaSwag acc_norm: not logged"
-    assert mfu.get_ylabel() == "MFU (thin): not logged"
-    assert speed.get_ylabel() == "tokens/s (thick)"
+    axes = drawn(log(tmp_path, rows))
+    missing = [axes.index(ax) for ax in axes if ax.get_ylabel().endswith(": not logged")]
+    assert missing == [1, 5]
 
 
 # ---------------------------------------------------------------- the report
 
 
-def test_every_number_of_the_report_is_from_the_run(log: Callable[..., Path]) -> None:
-    rows = a_run()
-    folder = log(rows)
-    plot.plot_run(folder)
-    text = (folder / "report.md").read_text()
-    recent = np.mean([row["loss"] for row in rows if row["kind"] == "train"][-100:])
-    error = math.sqrt(0.33 * 0.67 / 400)
-    for part in (
-        "![curves](plot.png)",
-        f"| training loss, last 100 steps | {recent:.4f} |  |  |",
-        f"| validation loss, step 200 | {3.0 + 7.9 * 201**-0.4:.4f} | 3.2924 |  |",
-        f"| HellaSwag acc_norm, step 200, 400 examples | 0.3300 ± {error:.4f} | 0.2955 | 0.337 |",
-        "| steps | 200 of 200 |  |  |",
-        f"| training tokens | {200 * BATCH:,} |  |  |",
-        "| tokens/s, median | 10,240 |",
-        "| ms a step, median | 100.0 |",
-        "| peak memory, GB | 3.00 |",
-        "| MFU, median | 40.0% |",
-        "| time, all | 79.9 s |",
-        "| time, training | 20.0 s (25.0%) |",
-        "| time, first steps beyond the median (compile) | 29.9 s (37.4%) |",
-        "| time, validation | 10.0 s",
-        "| time, HellaSwag | 20.0 s",
-        "| d_model | 768 |",
-        "| torch | 2.13.0 |",
-        "| device | NVIDIA H100 |",
-        "| git_commit | 0123abc |",
-        "Sample of step 200:\n\n    Hello\n    you\n",
-    ):
-        assert part in text
-
-
-def test_the_report_takes_the_logged_standard_error(log: Callable[..., Path]) -> None:
-    scores = {"acc": 0.3, "acc_norm": 0.31, "acc_norm_stderr": 0.0123, "n": 100}
-    rows = [
-        start(),
-        {"kind": "hellaswag", "step": 0, "time": 1002.0, **scores},
-        train(0, 9.0, 1003),
-    ]
-    report = plot.report(log(rows)).read_text()
-    assert "| 0.3100 ± 0.0123 | 0.2955 | 0.337 |" in report
-
-
-def test_a_quickstart_is_not_compared_on_another_text(log: Callable[..., Path]) -> None:
-    report = plot.report(log(a_run(preset="quickstart"))).read_text()
-    assert "3.2924" not in report
-
-
-def test_the_reports_tables_have_all_their_columns_whatever_the_cells_hold(
-    log: Callable[..., Path],
-) -> None:
+def test_every_number_of_the_report_is_from_the_run(tmp_path: Path) -> None:
     rows = a_run()
     rows[0]["config"] |= {"sample_prompt": "one | two\nthree"}
-    text = plot.report(log(rows)).read_text()
-    assert "| sample_prompt | one \\| two three |" in text
-    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
-    assert len(tables) == 3
-    for table in tables:
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    folder = log(tmp_path, rows)
+    recent = np.mean([row["loss"] for row in rows if row["kind"] == "train"][-100:])
+    # The standard error that is logged, or that of a proportion.
+    error = math.sqrt(0.33 * 0.67 / 400)
+    expected = {
+        "steps": ["200 of 200", "", ""],
+        "training tokens": [f"{200 * BATCH:,}", "", ""],
+        "training loss, last 100 steps": [f"{recent:.4f}", "", ""],
+        "validation loss, step 200": [f"{3.0 + 7.9 * 201**-0.4:.4f}", "3.2924", ""],
+        "HellaSwag acc, step 200, 400 examples": ["0.3200 ± 0.0123", "0.2859", ""],
+        "HellaSwag acc_norm, step 200, 400 examples": [f"0.3300 ± {error:.4f}", "0.2955", "0.337"],
+        "tokens/s, median": ["10,240"],
+        "ms a step, median": ["100.0"],
+        "MFU, median": ["40.0%"],
+        "peak memory, GB": ["3.00"],
+        "time, all": ["79.9 s"],
+        "time, training": ["20.0 s (25.0%)"],
+        "time, first steps beyond the median (compile)": ["29.9 s (37.4%)"],
+        "time, validation": ["10.0 s (12.5%)"],
+        "time, HellaSwag": ["20.0 s (25.0%)"],
+        "d_model": ["768"],
+        "torch": ["2.13.0"],
+        "device": ["NVIDIA H100"],
+        "git_commit": ["0123abc"],
+        "sample_prompt": ["one \\| two three"],
+    }
+    found = reported(folder)
+    assert {name: found.get(name) for name in expected} == expected
+    plot.plot_run(folder)
+    text = (folder / "report.md").read_text()
+    assert "![curves](plot.png)" in text
+    assert "Sample of step 200:\n\n    Hello\n    you\n" in text
 
 
-def test_a_last_validation_loss_that_is_not_finite_is_reported_as_such(
-    log: Callable[..., Path],
-) -> None:
-    rows = [start(), train(0, 9.0, 1001), {"kind": "val", "step": 1, "time": 1002.0, "loss": None}]
-    assert "| validation loss, step 1 | nan |" in plot.report(log(rows)).read_text()
-
-
-def test_a_log_that_has_lost_its_first_line_is_drawn_and_has_no_report(
-    log: Callable[..., Path], command: Callable[..., None]
-) -> None:
-    folder = log([train(0, 9.0, 1001), val(1, 8.0, 1002)])
-    command(folder)
+def test_a_log_without_its_first_line_is_only_drawn(tmp_path: Path, command: Command) -> None:
+    folder = log(tmp_path, [train(0, 9.0, 1001), val(1, 8.0, 1002)])
+    assert command(folder)[0] == 0
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "plot.png"]
     with pytest.raises(ValueError, match="no line of kind run"):
         plot.plot_run(folder)
 
 
-def test_the_report_says_what_was_unusual(log: Callable[..., Path]) -> None:
-    report = plot.report(log([start(), train(0, math.nan, 1001), train(1, 9.0, 1002)])).read_text()
-    assert "Note: steps without a finite loss: 1, first 0." in report
-
-
 # ---------------------------------------------------------------- the command line
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def run(*args: object) -> None:
-        monkeypatch.setattr("sys.argv", ["plot.py", *map(str, args)])
-        plot.main()
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -376,123 +321,78 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     ],
 )
 def test_the_picture_has_the_place_and_format_asked_for(
-    log: Callable[..., Path],
-    command: Callable[..., None],
-    args: list[str],
-    picture: str,
-    magic: bytes,
+    tmp_path: Path, command: Command, args: list[str], picture: str, magic: bytes
 ) -> None:
-    folder = log(a_run(steps=20))
+    folder = log(tmp_path, a_run(steps=20))
     command(folder, *(arg.format(folder) for arg in args))
     assert (folder / picture).read_bytes().startswith(magic)
     assert f"![curves]({picture})" in (folder / "report.md").read_text()
     assert not list(folder.rglob(".*"))
 
 
-def test_an_overlay_leaves_the_runs_own_pictures_alone(
-    log: Callable[..., Path], command: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    one, two = log(a_run(steps=20), "one"), log(a_run(steps=20, seed=1), "two")
-    command(f"ours={one}", two / "metrics.jsonl")
-    assert capsys.readouterr().out == f"wrote {one / 'overlay.png'}\n"
+def test_an_overlay_leaves_the_runs_own_pictures_alone(tmp_path: Path, command: Command) -> None:
+    one = log(tmp_path, a_run(steps=20), "one")
+    two = log(tmp_path, a_run(steps=20, seed=1), "two")
+    assert command(f"ours={one}", two / "metrics.jsonl") == (0, f"wrote {one}/overlay.png\n", "")
     assert sorted(path.name for path in one.iterdir()) == ["metrics.jsonl", "overlay.png"]
-    assert sorted(path.name for path in two.iterdir()) == ["metrics.jsonl"]
+    assert [path.name for path in two.iterdir()] == ["metrics.jsonl"]
 
 
 def test_watching_draws_again_until_it_is_interrupted(
-    log: Callable[..., Path], command: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = log([start(), val(0, 9.0, 1001.0)])
-    pictures = []
+    rows = [start(), val(0, 9.0, 1001.0)]
+    folder = log(tmp_path, rows)
 
     def train_on(seconds: float) -> None:
         assert seconds == 10
-        if len(pictures) == 2:
+        if len(rows) == 3:
             raise KeyboardInterrupt
-        log([start(), val(0, 9.0, 1001.0), val(1, 8.0, 1002.0)])
+        rows.append(val(1, 8.0, 1002.0))
+        log(tmp_path, rows)
 
-    monkeypatch.setattr(plot, "plot", lambda runs, *_: pictures.append(len(runs[0].rows["val"])))
     monkeypatch.setattr(plot.time, "sleep", train_on)
-    command(folder, "--watch")
-    assert pictures == [1, 2]
-    assert "| validation loss, step 1 | 8.0000 | 3.2924 |  |" in (folder / "report.md").read_text()
+    code, output, _ = command(folder, "--watch")
+    assert (code, output.count("plot.png")) == (0, 2)
+    assert "8.0000" in (folder / "report.md").read_text()
 
 
-def test_showing_without_a_window_system_says_so_after_the_picture_is_written(
-    log: Callable[..., Path], command: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_showing_without_a_window_system_says_so(tmp_path: Path, command: Command) -> None:
     matplotlib.use("agg")
-    folder = log(a_run(steps=5))
-    with pytest.raises(SystemExit) as exit_:
-        command(folder, "--show")
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err.startswith("plot.py: --show: no window system here")
+    folder = log(tmp_path, a_run(steps=5))
+    code, _, error = command(folder, "--show")
+    assert code == 2
+    assert "--show" in error
     assert (folder / "plot.png").exists()
 
 
-def no_such_run(folder: Path) -> list[object]:
-    return [folder / "nowhere"]
-
-
-def an_empty_folder(folder: Path) -> list[object]:
-    (folder / "nothing").mkdir()
-    return [folder / "nothing"]
-
-
-def an_empty_log(folder: Path) -> list[object]:
-    (folder / "metrics.jsonl").write_text("")
-    return [folder]
-
-
-def only_a_start(folder: Path) -> list[object]:
-    (folder / "metrics.jsonl").write_text(json.dumps(start()) + "\n")
-    return [folder]
-
-
-def hours_of_a_log_txt(folder: Path) -> list[object]:
-    (folder / "log.txt").write_text("0 val 10.9\n")
-    return [folder, "--x", "hours"]
-
-
-def a_picture_of_no_known_format(folder: Path) -> list[object]:
-    (folder / "log.txt").write_text("0 val 10.9\n")
-    return [folder, "--out", folder / "curves.jpg"]
-
-
 @pytest.mark.parametrize(
-    ("mistake", "named"),
+    ("file", "content", "args", "named"),
     [
-        (no_such_run, "nowhere: no such run"),
-        (an_empty_folder, "nothing: no such run"),
-        (an_empty_log, "metrics.jsonl: nothing to draw in it yet"),
-        (only_a_start, "metrics.jsonl: nothing to draw in it yet"),
-        (hours_of_a_log_txt, "log.txt: its lines do not tell hours; use --x steps"),
-        (a_picture_of_no_known_format, "curves.jpg: must end in .png, .svg or .pdf"),
+        ("other/log.txt", "", ["nowhere"], "nowhere"),
+        ("nothing/other", "", ["nothing"], "nothing"),
+        ("metrics.jsonl", "", ["."], "metrics.jsonl"),
+        ("metrics.jsonl", json.dumps(start()), ["."], "metrics.jsonl"),
+        ("log.txt", "0 val 10.9\n", [".", "--x", "hours"], "hours"),
+        ("log.txt", "0 val 10.9\n", [".", "--out", "curves.jpg"], "curves.jpg"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(
-    mistake: Callable[[Path], list[object]],
-    named: str,
-    tmp_path: Path,
-    command: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, command: Command, file: str, content: str, args: list[str], named: str
 ) -> None:
-    args = mistake(tmp_path)
+    Path(file).parent.mkdir(exist_ok=True)
+    Path(file).write_text(content)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as exit_:
-        command(*args)
-    error = capsys.readouterr().err
-    assert exit_.value.code == 2
+    code, _, error = command(*args)
+    assert code == 2
     assert error.startswith("plot.py: ")
     assert error.count("\n") == 1
     assert named in error
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_failed_picture_leaves_the_old_one(
-    log: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = log(a_run(steps=5))
+def test_a_failure_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = log(tmp_path, a_run(steps=5))
     (folder / "plot.png").write_bytes(b"old")
 
     def full(_: int) -> None:
