@@ -3,7 +3,8 @@
 ``LOG_DIR/step_005000/`` is a Hugging Face model plus ``training_state.pt`` and ``checksums.json``.
 It is written under a temporary name, fsynced and renamed: a folder with its final name is complete.
 The checksums detect a folder that was damaged later. Nothing that is loaded can run code: the
-weights are safetensors, and the state is read with ``weights_only=True``.
+weights are safetensors, and the state is read with ``weights_only=True``. Training waits only until
+``Writer`` has copied the run to host memory: a thread writes the copy.
 """
 
 import json
@@ -11,16 +12,16 @@ import re
 import shutil
 import signal
 import sys
+import time
 import warnings
 import zlib
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
-import torch.utils.serialization
 from torch import Tensor
 
 import dataset
@@ -148,6 +149,92 @@ def contains_run(log_dir: Path) -> bool:
 # ---- saving --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete."""
+
+    step: int
+    folder: Path
+    seconds: float
+    """That the thread took, the deletion of old checkpoints included."""
+
+
+class Writer:
+    """Writes the checkpoints of a run in a thread, one at a time, while training continues."""
+
+    def __init__(self, log_dir: Path, keep: int) -> None:
+        """For checkpoints in ``log_dir``, of which the newest ``keep`` are kept (0: all)."""
+        self._log_dir = log_dir
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[Saved] | None = None
+        # What is written is a copy of weights and moments, since the next step changes them in
+        # place. It costs as much host memory as a checkpoint has bytes, 1.5 GB of 124M (pinned
+        # 2.5 GB: torch rounds pinned tensors up to powers of two), and is kept for the next save.
+        self._copies: dict[str, Tensor] = {}
+        self._model: GPT | None = None  # whose weights are some of these copies
+
+    def start(self, model: GPT, state: TrainingState) -> None:
+        """Copy the run to host memory and start to write the copy.
+
+        The save before must have been taken with ``finished``: it was written from the same memory.
+        Raises OSError when the run cannot be copied.
+        """
+        if self._pending is not None:
+            raise RuntimeError("the checkpoint before is still being written")
+        try:
+            weights = self._copy("model", model.transformer.state_dict())
+            optimizer = self._copy("optimizer", state.optimizer)
+            if model.lm_head.weight.is_cuda:
+                torch.cuda.synchronize()  # the copies were only queued
+        except (RuntimeError, MemoryError) as error:
+            name = f"step_{state.step:06d}"
+            raise OSError(f"{self._log_dir / name} could not be copied: {error}") from error
+        if self._model is None:
+            with torch.device("meta"):  # no memory for weights, which are assigned instead
+                self._model = GPT(model.config)
+            self._model.transformer.load_state_dict(weights, assign=True)
+            self._model.lm_head.weight = self._model.transformer.wte.weight
+        state_copy = replace(state, optimizer=optimizer, rng=state.rng.clone())
+        self._pending = self._thread.submit(self._write, self._model, state_copy)
+
+    def finished(self, wait: bool = False) -> Saved | None:
+        """The save that was started, once, when it has ended; with ``wait`` as soon as it has.
+
+        None while it is being written, and when none was started. Raises OSError when it failed.
+        """
+        pending = self._pending
+        if pending is None or not (wait or pending.done()):
+            return None
+        futures.wait([pending])  # handlers of signals run meanwhile
+        self._pending = None
+        return pending.result()
+
+    def _copy(self, name: str, value: Any) -> Any:
+        """Plain data with its tensors copied to host memory; ``name`` is that of the memory."""
+        if isinstance(value, dict):
+            return {key: self._copy(f"{name}.{key}", entry) for key, entry in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        if name not in self._copies:
+            self._copies[name] = _host_memory(value)
+        return self._copies[name].copy_(value, non_blocking=value.is_cuda)
+
+    def _write(self, model: GPT, state: TrainingState) -> Saved:
+        start = time.perf_counter()
+        folder = save(self._log_dir, model, state, self._keep)
+        return Saved(state.step, folder, time.perf_counter() - start)
+
+
+def _host_memory(tensor: Tensor) -> Tensor:
+    """A tensor like this one in host memory, pinned for one on a GPU."""
+    try:
+        # A GPU copies to pinned memory several times faster than to memory that may be swapped out.
+        return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    except RuntimeError:  # the system pins no more
+        return torch.empty_like(tensor, device="cpu")
+
+
 def save(log_dir: Path, model: GPT, state: TrainingState, keep: int) -> Path:
     """Write the checkpoint of ``state.step``, then delete old ones but for ``keep`` (0: keep all).
 
@@ -176,23 +263,20 @@ def save(log_dir: Path, model: GPT, state: TrainingState, keep: int) -> Path:
 def _write_files(folder: Path, model: GPT, state: TrainingState) -> None:
     """Write all files of a checkpoint and their checksums, and wait until they are on the disk."""
     checksums: dict[str, list[int]] = {}
-    # Threads: torch.save, fsync and the checksums all run without Python's lock, and the 1.5 GB of
-    # a 124M checkpoint are written at the speed of the disk.
+    # Threads: torch, safetensors, fsync and the checksums all run without Python's lock. The 1.5 GB
+    # of a 124M checkpoint are written at the speed of the disk, and training is not held up.
     with ThreadPoolExecutor() as pool:
 
         def finish(file: Path) -> tuple[str, Future[None], Future[list[int]]]:
             # The checksum is read from the page cache while the disk is busy with the fsync.
             return file.name, pool.submit(fsync, file), pool.submit(_checksum, file)
 
-        # torch would compute a CRC of its own, which takes a seventh of the time of a save.
-        patch = torch.utils.serialization.config.patch  # type: ignore[attr-defined]  # set at import
-        with patch("save.compute_crc32", False):
-            state_written = pool.submit(torch.save, state.state_dict(), folder / STATE_FILE)
-            model.save_pretrained(folder)
-            dataset.save_tokenizer(folder, context_length=model.config.context_length)
-            model_files = [path for path in sorted(folder.iterdir()) if path.name != STATE_FILE]
-            finishing = [finish(path) for path in model_files]
-            state_written.result()
+        state_written = pool.submit(torch.save, state.state_dict(), folder / STATE_FILE)
+        model.save_pretrained(folder)
+        dataset.save_tokenizer(folder, context_length=model.config.context_length)
+        model_files = [path for path in sorted(folder.iterdir()) if path.name != STATE_FILE]
+        finishing = [finish(path) for path in model_files]
+        state_written.result()
         finishing.append(finish(folder / STATE_FILE))
         for name, synced, checksum in finishing:
             synced.result()
@@ -210,10 +294,9 @@ def _prune(log_dir: Path, newest: Path, keep: int) -> None:
     """
     checkpoints = list_checkpoints(log_dir)
     for old in checkpoints[checkpoints.index(newest) + keep :]:
-        # Deleting gigabytes can take as long as writing them. Training does not wait for it, and
-        # under its new name a folder that is half deleted is not taken for a checkpoint.
+        # Under its new name a folder that is half deleted is not taken for a checkpoint.
         doomed = old.rename(log_dir / f".partial_{old.name}")
-        Thread(target=shutil.rmtree, args=(doomed, True)).start()
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _checksum(path: Path) -> list[int]:

@@ -200,7 +200,7 @@ def exit_with_one_line(remedy: str = "") -> Iterator[None]:
 
     ``remedy`` says how to continue after a failure that was not the user's mistake, or Ctrl-C.
     """
-    rank, _ = read_rank()
+    rank, world_size = read_rank()
     try:
         yield
     except (*USER_ERRORS, *RUN_ERRORS, KeyboardInterrupt) as error:
@@ -210,6 +210,9 @@ def exit_with_one_line(remedy: str = "") -> Iterator[None]:
         message += f"; {remedy}" if remedy and code != 2 else ""
         message += f" (rank {rank})" if rank else ""
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-        if interrupted:
-            os._exit(code)  # at once: a thread may be waiting for the network
+        if interrupted or world_size > 1:
+            # At once, without Python's own clean-up: a thread may be waiting for the network. Among
+            # several ranks NCCL would wait for those that will never come, and torchrun, which does
+            # not see this process end, would not stop the others.
+            os._exit(code)
         raise SystemExit(code) from None

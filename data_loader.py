@@ -8,6 +8,10 @@ j = (m * world_size + r) * B + b. So a step sees the same tokens for any number 
 micro-batch, and resuming at step s needs no state but s.
 """
 
+from __future__ import annotations
+
+import contextlib
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -21,6 +25,8 @@ from torch import Tensor
 # Four rounds of a good mixer are pseudo-random (Luby & Rackoff 1988); six cost little more.
 # A change of this number would send every resumed run to other data.
 FEISTEL_ROUNDS = 6
+# What ``check_tokens`` reads at once: 2 MiB, which stay in the cache until their maximum is known.
+CHECK_TOKENS = 1 << 20
 
 # ---- the order of the windows --------------------------------------------------------------------
 
@@ -100,7 +106,10 @@ class StepLayout:
 
 
 class TokenDataset:
-    """The windows of a split's shards, ``DIR/*_{split}_{index}.npy``, memory-mapped.
+    """The windows of a split's shards, ``DIR/*_{split}_{index}.npy``.
+
+    A shard is open only while it is read: there may be 13,000, and a process is usually allowed
+    1,024 open files.
 
     Raises:
         FileNotFoundError: the folder or the split's shards are missing.
@@ -121,68 +130,113 @@ class TokenDataset:
         if len(names) > 1:
             raise ValueError(f"{folder}: shards of several data sets ({', '.join(names)})")
         self.name = names[0]
-        self.shards = [_open_shard(path) for path in self.paths]
-        self.sizes = [path.stat().st_size for path in self.paths]
-        counts = [(len(shard) - 1) // context_length for shard in self.shards]
+        self.shards = [ShardInfo.read(path) for path in self.paths]
+        counts = [(shard.tokens - 1) // context_length for shard in self.shards]
         if sum(counts) == 0:
             raise ValueError(
                 f"{folder}: no {split} shard holds {context_length + 1} tokens, one window of"
                 f" context length {context_length}; lower it or prepare more data"
             )
         self.first_window = np.concatenate(([0], np.cumsum(counts)))  # of each shard, and the end
+        self.error: Exception | None = None  # found by ``check_tokens``
 
     def __len__(self) -> int:
         """The number of windows."""
         return int(self.first_window[-1])
 
-    def check_tokens(self, vocab_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def check_tokens(
+        self, vocab_size: int, rank: int = 0, world_size: int = 1, seconds: float = 60
+    ) -> bool:
         """Read every ``world_size``-th shard once; ValueError names one with a foreign token.
 
         It also leaves the shards in the page cache, where random windows are read from later.
+        Returns False if that takes longer than ``seconds``: then it goes on in the background, and
+        the next call of ``windows`` raises what it has found.
         """
-        for shard in range(rank, len(self.shards), world_size):
-            largest = int(self.shards[shard].max())
-            if largest >= vocab_size:
-                raise ValueError(
-                    f"{self.paths[shard]}: token {largest} is outside the vocabulary of"
-                    f" {vocab_size}; write the shard again with dataset.py"
-                )
+        self.error = None
+
+        def check() -> None:
+            buffer = np.empty(CHECK_TOKENS, dtype=np.uint16)
+            try:
+                for shard in range(rank, len(self.paths), world_size):
+                    for start in range(0, self.shards[shard].tokens, CHECK_TOKENS):
+                        block = buffer[: self.shards[shard].tokens - start]
+                        self._read(shard, [start], [block])
+                        if block.max() >= vocab_size:
+                            raise ValueError(
+                                f"{self.paths[shard]}: token {block.max()} is outside the"
+                                f" vocabulary of {vocab_size}; write the shard again with"
+                                " dataset.py"
+                            )
+            except Exception as error:  # whatever it is, the caller must stop for it
+                self.error = error
+
+        thread = threading.Thread(target=check, name="check_tokens", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if self.error is not None:
+            raise self.error
+        return not thread.is_alive()
 
     def fingerprint(self) -> list[list[str | int]]:
         """Each shard's name and tokens: a run can only be resumed on shards that have the same."""
-        return [[p.name, len(s)] for p, s in zip(self.paths, self.shards, strict=True)]
+        return [[p.name, s.tokens] for p, s in zip(self.paths, self.shards, strict=True)]
 
     def windows(self, indices: np.ndarray) -> np.ndarray:
         """The windows ``indices`` (B,): (B, T + 1) uint16.
 
-        Raises FileNotFoundError when a shard was removed, or changed its size, since it was opened:
-        reading a memory map of a file cut short would kill the process without a word (SIGBUS).
+        Raises FileNotFoundError when a shard was removed, or changed its size, since it was first
+        read, and what ``check_tokens`` has found in the background.
         """
+        if self.error is not None:
+            raise self.error
         T = self.context_length
         # uint16 as on the disk: tokens become int64 on the device, after the copy.
         out = np.empty((len(indices), T + 1), dtype=np.uint16)
         shard_of = np.searchsorted(self.first_window, indices, side="right") - 1
+        starts = (indices - self.first_window[shard_of]) * T
         for shard in np.unique(shard_of):
-            path = self.paths[shard]
-            if not path.exists() or path.stat().st_size != self.sizes[shard]:
-                raise FileNotFoundError(f"{path}: the shard was removed or changed during the run")
-        for row, (shard, index) in enumerate(zip(shard_of, indices, strict=True)):
-            start = (index - self.first_window[shard]) * T
-            out[row] = self.shards[shard][start : start + T + 1]
+            rows = np.flatnonzero(shard_of == shard)
+            self._read(shard, starts[rows].tolist(), [out[row] for row in rows])
         return out
 
+    def _read(self, shard: int, starts: list[int], rows: list[np.ndarray]) -> None:
+        # Fill each row, uint16, with the shard's tokens from its start on. Not from a memory map:
+        # when the file is cut short, that kills the process without a word (SIGBUS).
+        path = self.paths[shard]
+        info = self.shards[shard]
+        unchanged = False
+        with contextlib.suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
+            unchanged = os.fstat(file.fileno()).st_size == info.file_size
+            for start, row in zip(starts, rows, strict=True):
+                file.seek(info.header_size + row.itemsize * start)
+                unchanged = unchanged and file.readinto(row.data) == row.nbytes
+        if not unchanged:
+            raise FileNotFoundError(f"{path}: the shard was removed or changed during the run")
 
-def _open_shard(path: Path) -> np.ndarray:
-    try:
-        # Memory-mapped, so that 20 GB of shards cost no memory. A pickle could run code.
-        shard = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(
-            f"{path} is not a valid .npy file (truncated?): {error}; write it again"
-        ) from error
-    if not isinstance(shard, np.ndarray) or shard.dtype != np.uint16 or shard.ndim != 1:
-        raise ValueError(f"{path}: not a 1-D uint16 array; shards come from dataset.py")
-    return shard
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What its header and the file system say about a shard."""
+
+    tokens: int
+    header_size: int  # bytes
+    file_size: int  # bytes
+
+    @classmethod
+    def read(cls, path: Path) -> ShardInfo:
+        """Raises ValueError when the file is damaged or not a 1-D uint16 array."""
+        try:
+            # The map is gone when this returns. It makes NumPy compare the header with the file's
+            # size without reading the tokens. A pickle could run code.
+            shard = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"{path} is not a valid .npy file (truncated?): {error}; write it again"
+            ) from error
+        if not isinstance(shard, np.memmap) or shard.dtype != np.uint16 or shard.ndim != 1:
+            raise ValueError(f"{path}: not a 1-D uint16 array; shards come from dataset.py")
+        return cls(len(shard), header_size=shard.offset, file_size=path.stat().st_size)
 
 
 # ---- batches -------------------------------------------------------------------------------------

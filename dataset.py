@@ -392,10 +392,11 @@ def tokenize(chunks: list[Chunk], workers: int) -> Generator[tuple[np.ndarray, i
     # and the tokens need not be copied from one process to another.
     stop = threading.Event()
     thread = threading.local()
+    tokenizer = get_tokenizer()  # before the threads, each of which would load it
 
     def begin_thread() -> None:
         # A regular expression has one fast cache, which belongs to the thread that used it first.
-        thread.tokenizer = copy.copy(get_tokenizer())
+        thread.tokenizer = copy.copy(tokenizer)
 
     def encode_batch(texts: list[str]) -> np.ndarray:
         return encode(texts, thread.tokenizer)
@@ -419,6 +420,7 @@ def tokenize(chunks: list[Chunk], workers: int) -> Generator[tuple[np.ndarray, i
         return np.concatenate(tokens), skipped
 
     pending: deque[Future[tuple[np.ndarray, int]]] = deque()
+    failed = False
     try:
         for chunk in chunks:
             # Chunks are begun only this far ahead of the caller, which bounds the memory.
@@ -428,11 +430,17 @@ def tokenize(chunks: list[Chunk], workers: int) -> Generator[tuple[np.ndarray, i
             pending.append(readers.submit(with_retries, action, stop))
         while pending:
             yield pending.popleft().result()
+    except Exception:
+        failed = True
+        raise
     finally:
-        # After an error, or when the caller has enough, nothing may keep the process from ending.
+        # After an error, or when the caller has enough, nothing may keep the process from ending:
+        # a reader's next batch fails when there is no encoder for it.
         stop.set()
-        readers.shutdown(wait=False, cancel_futures=True)
         encoders.shutdown(wait=False, cancel_futures=True)
+        # What huggingface_hub warns of in other readers has to come before the line that reports
+        # the error, which is the last one.
+        readers.shutdown(wait=failed, cancel_futures=True)
 
 
 # ---- shards --------------------------------------------------------------------------------------

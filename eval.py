@@ -15,10 +15,10 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checkpoint import find_checkpoint
 from common import (
@@ -45,15 +46,13 @@ from model import GPT, Block
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    checkpoint: str = "log"
-    """A checkpoint, a log folder (its newest checkpoint) or a hub id such as gpt2."""
-    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A text to continue; repeat the flag for several. Default: read standard input."""
-    num_samples: int = 1
-    """Samples of each prompt. Sample i is drawn with --seed + i, alone or in a batch."""
+class SamplingOptions:
+    """How many samples are drawn of a prompt, and how."""
+
     max_new_tokens: int = 128
     """Length of a sample in tokens; it ends earlier at <|endoftext|>."""
+    num_samples: int = 1
+    """Samples of each prompt. Sample i is drawn with --seed + i, alone or in a batch."""
     temperature: float = 1.0
     """Divides the logits: below 1 more conservative, above 1 more random. 0 is --greedy."""
     top_k: int | None = 50
@@ -61,11 +60,19 @@ class EvalConfig:
     top_p: float | None = None
     """Nucleus sampling: draw from the smallest set of tokens with at least this total
     probability."""
-    greedy: bool = False
-    """Always take the most likely token."""
     seed: int = 1337
     """The same seed gives the same text on the same device in the same precision; a batch of
     samples may differ by rounding."""
+
+
+@dataclass(frozen=True)
+class EvalConfig(SamplingOptions):
+    checkpoint: str = "log"
+    """A checkpoint, a log folder (its newest checkpoint) or a hub id such as gpt2."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A text to continue; repeat the flag for several. Default: read standard input."""
+    greedy: bool = False
+    """Always take the most likely token."""
     stream: bool = False
     """Print each token as soon as it is drawn, one sample after the other."""
     json: bool = False
@@ -87,6 +94,9 @@ class EvalConfig:
     """cuda, cuda:1, mps or cpu; auto: the machine's accelerator, or the CPU without one."""
     dtype: DtypeName = "auto"
     """Precision; auto: bf16 where the device has it in hardware."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: round the weights of all matrix products to 8 bits, with a scale for each output
+    channel. Faster on a CPU; other devices refuse it."""
 
     def validate(self) -> list[str]:
         """Every problem of these options, one message each."""
@@ -205,13 +215,18 @@ def report_loss(config: EvalConfig, model: GPT, device: torch.device, dtype: tor
 # ---- decoding ------------------------------------------------------------------------------------
 
 
-def prepare_for_decoding(model: GPT, rows: int, dtype: torch.dtype) -> GPT:
+def prepare_for_decoding(
+    model: GPT, rows: int, dtype: torch.dtype, int8: bool = False
+) -> tuple[GPT, list[nn.Parameter]]:
     """A copy of the model in ``dtype``, at its fastest with ``rows`` tokens at a time.
 
-    Weights that have this dtype already are shared, not copied.
+    ``int8`` rounds the weights of the matrix products, but not the embedding that shares the
+    head's. Also returns the copies of ``model.parameters()``, in their order; those that have this
+    dtype already share its memory.
     """
+    copies = [nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()]
     # deepcopy looks an object's id up in its memo first and uses what it finds there.
-    memo = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()}
+    memo = {id(p): copied for p, copied in zip(model.parameters(), copies, strict=True)}
     prepared = copy.deepcopy(model, memo)
     for module in list(prepared.modules()):
         for name, layer in list(module.named_children()):
@@ -219,17 +234,34 @@ def prepare_for_decoding(model: GPT, rows: int, dtype: torch.dtype) -> GPT:
                 # A plain attribute and a plain function: looking up a module and its parameters
                 # and calling it, 49 times a token, would cost a CPU another 2% (124M, batch 1).
                 delattr(module, name)
-                setattr(module, name, projection(layer, rows))
-    return prepared
+                setattr(module, name, projection(layer, rows, int8))
+    return prepared, copies
 
 
-def projection(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
+def projection(layer: nn.Linear, rows: int, int8: bool) -> Callable[[Tensor], Tensor]:
     """The layer as a function, in its fastest form for inputs of ``rows`` rows.
 
     This is the only place that decides how a matrix is stored for decoding.
     """
     weight = layer.weight
     bias = layer.bias
+    if int8:
+        quantized, scales = quantize(weight)
+        # A prompt's many rows take half the time with the rounded weights in full: the int8 kernel
+        # does not win beyond 16 rows.
+        rounded = (quantized * scales[:, None].float()).to(weight.dtype)  # (N, K)
+
+        def int8_linear(x: Tensor) -> Tensor:
+            K = x.size(-1)
+            if x.numel() > 16 * K:
+                return F.linear(x, rounded, bias)
+            # The kernel for bf16 inputs is vectorized for every CPU, the one for fp32 is not: it
+            # takes 3 to 7 times as long as the product with fp32 weights (AVX2, torch 2.13).
+            y = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, K).bfloat16(), quantized, scales)
+            y = y.view(*x.shape[:-1], -1).to(x.dtype)
+            return y if bias is None else y + bias
+
+        return int8_linear
     on_mkl = weight.device.type == "cpu" and torch.backends.mkl.is_available()
     if on_mkl and weight.dtype == torch.float32 and 1 < rows <= 64:
         # Store the weight also in the order in which MKL reads it: a product with 8 rows takes
@@ -240,6 +272,26 @@ def projection(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
     return partial(F.linear, weight=weight, bias=bias)
 
 
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix (N, K) as int8 and a bf16 scale (N,) for each row, whose largest weight is 127.
+
+    Raises ValueError where torch has no usable kernel for the product.
+    """
+    if weight.device.type != "cpu":
+        # torch 2.13's CUDA kernel is one thread for an output, which reads its whole row alone.
+        raise ValueError(f"quantize int8 is for cpu only, not {weight.device}; leave it out")
+    if weight.size(1) % 32 != 0:  # the kernel would read beyond the end of a row
+        raise ValueError(f"quantize int8: d_model {weight.size(1)} must be a multiple of 32")
+    largest = weight.float().abs().amax(dim=1).clamp(min=1e-12)
+    # Divided by the scale as rounded to bf16, so its rounding is no error. It is off by at most one
+    # part in 512, too little to make 128 of 127.
+    scales = (largest / 127).bfloat16()
+    return (weight / scales[:, None].float()).round_().to(torch.int8), scales
+
+
+# cuDNN is left out: it builds a plan for each new shape, about 0.4 s each, and prompts come in any
+# length; and masked or captured calls, as in a CUDA graph, are its weak spot.
+@sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def decode(
     model: GPT, cache: Tensor, idx: Tensor, positions: Tensor, end: int | None = None
 ) -> Tensor:
@@ -251,7 +303,7 @@ def decode(
     """
     # It must mirror GPT.hidden_states, Block.forward and CausalSelfAttention.forward, which know no
     # cache; tests/test_sampling.py compares the logits. The layers are the model's own modules:
-    # a loop over plain functions only would be 2-3% faster (124M, batch 1, CPU).
+    # a loop over plain functions only would be 2-4% faster (124M, batch 1, CPU).
     mask = None
     if end is None:
         end = cache.size(4)
@@ -302,30 +354,26 @@ def capture_cuda_graph(step: Callable[..., Tensor], *inputs: Tensor) -> Callable
 
 
 def sample_next_token(
-    logits: Tensor,
-    generators: list[torch.Generator],
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    logits: Tensor, generators: list[torch.Generator], options: SamplingOptions
 ) -> Tensor:
     """Draw one token (B,) for each row of logits (B, V), with a random generator for each row.
 
     Temperature first, then top-k, then top-p (Holtzman et al. 2019) of what is left. Temperature
     0 takes the most likely token.
     """
-    if temperature == 0:
+    if options.temperature == 0:
         return logits.argmax(dim=-1)
     V = logits.size(1)
     # A random number for each token, not for each rank: if rounding swaps two tokens of nearly
     # equal logits, each keeps its number and the draw stays the same.
     uniform = torch.stack([torch.rand(V, device=logits.device, generator=g) for g in generators])
     ids = torch.arange(V, device=logits.device).expand_as(logits)  # the token of each column
-    if top_k is not None or top_p is not None:
-        logits, ids = logits.topk(min(top_k or V, V))  # in descending order
-    p = (logits / temperature).softmax(dim=-1)
-    if top_p is not None:
+    if options.top_k is not None or options.top_p is not None:
+        logits, ids = logits.topk(min(options.top_k or V, V))  # in descending order
+    p = (logits / options.temperature).softmax(dim=-1)
+    if options.top_p is not None:
         before = p.cumsum(dim=-1) - p  # total probability of the more likely tokens
-        p = p.masked_fill(before >= top_p, 0)
+        p = p.masked_fill(before >= options.top_p, 0)
     # argmax(p / e) with exponentially distributed e is distributed as p, and unlike
     # torch.multinomial it does not make the host wait for the device.
     exponential = -uniform.gather(1, ids).log()
@@ -333,98 +381,109 @@ def sample_next_token(
     return ids.gather(1, column)[:, 0]
 
 
-def stream(
-    model: GPT,
-    idx: Tensor,
-    max_new_tokens: int,
-    num_samples: int = 1,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    dtype: torch.dtype | None = None,
-) -> Iterator[Tensor]:
-    """Yield the next tokens (B * num_samples,) of prompts (B, T), ``max_new_tokens`` times.
+class Sampler:
+    """Draws samples of a model. Its weights, cache and CUDA graph serve one sample after another.
 
-    Row i is drawn with a generator of its own, seeded with ``seed + i``, so its text does not
-    depend on the others. Computes in ``dtype``, by default that of the weights.
+    Computes in ``dtype``, by default that of the weights. Call ``update`` when those have changed.
+    There is one cache: finish or drop a stream before the next.
     """
-    c = model.config
-    B = idx.size(0)
-    rows = B * num_samples
-    generators = [torch.Generator(idx.device).manual_seed(seed + i) for i in range(rows)]
-    window = idx[:, -c.context_length :]  # the tokens that the model sees
-    cached = 0  # how many of them are in the cache
-    with torch.inference_mode():
-        model = prepare_for_decoding(model, rows, dtype or model.lm_head.weight.dtype)
-        places = min(c.context_length, window.size(1) + max_new_tokens)
-        shape = (c.n_layers, 2, B, c.n_heads, places, c.d_model // c.n_heads)
-        cache = model.transformer.wte.weight.new_zeros(shape)
-    replay: Callable[..., Tensor] | None = None
-    for step in range(max_new_tokens):
-        # Entered for each token: a generator would leave its caller in these modes at a yield.
-        with torch.inference_mode(), torch.autocast(idx.device.type, enabled=False):
-            if cached == c.context_length:
-                # Positions are absolute, so nothing in a full cache can be shifted. The newest
-                # half of the context becomes the prompt of an empty one.
-                window = window[:, -max(1, c.context_length // 2) :]
-                cached = 0
-            T = window.size(1)
-            new = window[:, cached:]  # the prompt, then one token at a time
-            positions = torch.arange(cached, T, device=idx.device)
-            if idx.device.type == "cuda" and cached > 0:
-                if replay is None:
-                    replay = capture_cuda_graph(partial(decode, model, cache), new, positions)
-                logits = replay(new, positions)
-            else:
-                logits = decode(model, cache, new, positions, end=T)
-            cached = T
-            if step == 0 and num_samples > 1:  # a prompt is computed once for all its samples
-                window = window.repeat_interleave(num_samples, dim=0)
-                logits = logits.repeat_interleave(num_samples, dim=0)
-                cache = cache.repeat_interleave(num_samples, dim=2)
-            token = sample_next_token(logits, generators, temperature, top_k, top_p)
-            window = torch.cat((window, token[:, None]), dim=1)
-        yield token
 
+    def __init__(self, model: GPT, dtype: torch.dtype | None = None, int8: bool = False) -> None:
+        self.model = model
+        self.dtype = dtype or model.lm_head.weight.dtype
+        self.int8 = int8
+        self.use_graph = model.lm_head.weight.device.type == "cuda"
+        self._rows = 0  # that the prepared model is for; 0: there is none
+        self._cache: Tensor | None = None
+        self._replay: Callable[..., Tensor] | None = None
 
-def generate(
-    model: GPT,
-    idx: Tensor,
-    max_new_tokens: int,
-    num_samples: int = 1,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Prompts (B, T) with up to ``max_new_tokens`` more: (B * num_samples, T + new).
+    @torch.inference_mode()
+    def update(self) -> None:
+        """Take the model's weights as they are now."""
+        if self._replay is None:
+            self._rows = 0
+            return
+        # Captured once for all samples, since a capture empties the allocator's cache, which the
+        # next training step would fill again. The graph reads its weights at fixed addresses.
+        for copied, p in zip(self._copies, self.model.parameters(), strict=True):
+            copied.copy_(p)
 
-    A row ends at its first ``<|endoftext|>`` and is filled with it. Options as in ``stream``.
-    """
-    tokens = stream(
-        model,
-        idx,
-        max_new_tokens,
-        num_samples=num_samples,
-        seed=seed,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        dtype=dtype,
-    )
-    prompts = idx.repeat_interleave(num_samples, dim=0)
-    new = prompts[:, :0]
-    for n, token in enumerate(tokens, start=1):
-        new = torch.cat((new, token[:, None]), dim=1)
-        # Looking at the tokens waits for the device, so it is not done for each.
-        if n % 16 == 0 and (new == END_OF_TEXT).any(dim=1).all():
-            break
-    ended = (new == END_OF_TEXT).cumsum(dim=1) > 0  # from the first <|endoftext|> of a row on
-    new = new.masked_fill(ended, END_OF_TEXT)
-    longest = int((~ended).sum(dim=1).max())
-    return torch.cat((prompts, new[:, : longest + 1]), dim=1)
+    @torch.inference_mode()
+    def _prepare(self, rows: int, places: int) -> Tensor:
+        """Make the prepared model and return the cache, unless those of the last sample fit."""
+        c = self.model.config
+        if rows != self._rows:
+            self._prepared, self._copies = prepare_for_decoding(
+                self.model, rows, self.dtype, self.int8
+            )
+            self._rows = rows
+            self._cache = None
+        shape = (c.n_layers, 2, rows, c.n_heads, places, c.d_model // c.n_heads)
+        if self._cache is None or self._cache.shape != shape:
+            self._cache = self._prepared.transformer.wte.weight.new_zeros(shape)
+            self._replay = None
+        return self._cache
+
+    def stream(self, idx: Tensor, options: SamplingOptions) -> Iterator[Tensor]:
+        """Yield the next tokens (B * num_samples,) of prompts (B, T), ``max_new_tokens`` times.
+
+        Row i is drawn with a generator of its own, seeded with ``seed + i``, so its text does not
+        depend on the others.
+        """
+        context = self.model.config.context_length
+        B = idx.size(0)
+        rows = B * options.num_samples
+        generators = [
+            torch.Generator(idx.device).manual_seed(options.seed + i) for i in range(rows)
+        ]
+        window = idx[:, -context:]  # the tokens that the model sees
+        cached = 0  # how many of them are in the cache
+        cache = self._prepare(rows, min(context, window.size(1) + options.max_new_tokens))
+        for step in range(options.max_new_tokens):
+            # Entered for each token: a generator would leave its caller in these modes at a yield.
+            with torch.inference_mode(), torch.autocast(idx.device.type, enabled=False):
+                if cached == context:
+                    # Positions are absolute, so nothing in a full cache can be shifted. The newest
+                    # half of the context becomes the prompt of an empty one.
+                    window = window[:, -max(1, context // 2) :]
+                    cached = 0
+                T = window.size(1)
+                new = window[:, cached:]  # the prompt, then one token at a time
+                positions = torch.arange(cached, T, device=idx.device)
+                if step == 0:  # a prompt is computed once for all its samples
+                    by_prompt = cache.unflatten(2, (B, options.num_samples))
+                    logits = decode(self._prepared, by_prompt[:, :, :, 0], new, positions, end=T)
+                    by_prompt[:, :, :, 1:] = by_prompt[:, :, :, :1]
+                    window = window.repeat_interleave(options.num_samples, dim=0)
+                    logits = logits.repeat_interleave(options.num_samples, dim=0)
+                elif self.use_graph and cached > 0:
+                    if self._replay is None:
+                        decode_one = partial(decode, self._prepared, cache)
+                        self._replay = capture_cuda_graph(decode_one, new, positions)
+                    logits = self._replay(new, positions)
+                else:
+                    logits = decode(self._prepared, cache, new, positions, end=T)
+                cached = T
+                token = sample_next_token(logits, generators, options)
+                window = torch.cat((window, token[:, None]), dim=1)
+            yield token
+
+    def generate(self, idx: Tensor, options: SamplingOptions) -> Tensor:
+        """Prompts (B, T) with up to ``max_new_tokens`` more: (B * num_samples, T + new).
+
+        A row ends at its first ``<|endoftext|>`` and is filled with it.
+        """
+        prompts = idx.repeat_interleave(options.num_samples, dim=0)
+        new = prompts[:, :0]
+        for n, token in enumerate(self.stream(idx, options), start=1):
+            new = torch.cat((new, token[:, None]), dim=1)
+            # Looking at the tokens waits for the device, so it is not done for each.
+            if n % 16 == 0 and (new == END_OF_TEXT).any(dim=1).all():
+                break
+        ended = (new == END_OF_TEXT).cumsum(dim=1) > 0  # from the first <|endoftext|> of a row on
+        new = new.masked_fill(ended, END_OF_TEXT)
+        longest = int((~ended).sum(dim=1).max())
+        return torch.cat((prompts, new[:, : longest + 1]), dim=1)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -442,43 +501,26 @@ def stream_text(tokens: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
-def print_samples(config: EvalConfig, model: GPT, prompt: str, device: torch.device) -> None:
+def print_samples(config: EvalConfig, sampler: Sampler, prompt: str, device: torch.device) -> None:
     """Print the samples of one prompt and, on standard error, how fast they came."""
     tokenizer = get_tokenizer()
     # An empty prompt is the start of a document, and documents begin with <|endoftext|>.
     ids = tokenizer.encode_ordinary(prompt) or [END_OF_TEXT]
     idx = torch.tensor([ids], device=device)  # (1, T)
-    temperature = 0.0 if config.greedy else config.temperature
-    seeds = range(config.seed, config.seed + config.num_samples)
+    options = replace(config, temperature=0.0) if config.greedy else config
+    seeds = range(options.seed, options.seed + options.num_samples)
     made = 0
     start = time.perf_counter()
     if config.stream:
         for seed in seeds:
             print(prompt, end="", flush=True)
-            tokens = stream(
-                model,
-                idx,
-                config.max_new_tokens,
-                seed=seed,
-                temperature=temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-            )
+            tokens = sampler.stream(idx, replace(options, num_samples=1, seed=seed))
             for text in stream_text(int(token) for token in tokens):
                 print(text, end="", flush=True)
                 made += 1
             print("\n---")
     else:
-        out = generate(
-            model,
-            idx,
-            config.max_new_tokens,
-            num_samples=config.num_samples,
-            seed=config.seed,
-            temperature=temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-        )
+        out = sampler.generate(idx, options)
         for seed, row in zip(seeds, out[:, len(ids) :].tolist(), strict=True):
             kept = row[: row.index(END_OF_TEXT)] if END_OF_TEXT in row else row
             made += len(kept)
@@ -486,8 +528,9 @@ def print_samples(config: EvalConfig, model: GPT, prompt: str, device: torch.dev
             line = {"prompt": prompt, "text": text, "seed": seed, "tokens": len(kept)}
             print(json.dumps(line) if config.json else f"{prompt}{text}\n---")
     seconds = time.perf_counter() - start
+    precision = f"int8 weights, {sampler.dtype}" if sampler.int8 else str(sampler.dtype)
     speed = f"{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s"
-    print(f"{speed}, {model.lm_head.weight.dtype} on {device}", file=sys.stderr)
+    print(f"{speed}, {precision} on {device}", file=sys.stderr)
 
 
 def main() -> None:
@@ -498,13 +541,16 @@ def main() -> None:
             raise ValueError("; ".join(problems))
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
+        int8 = config.quantize == "int8"
         model = GPT.from_pretrained(find_checkpoint(config.checkpoint)).to(device)
         if config.loss:
+            if int8:  # of the very weights that samples are drawn with
+                model, _ = prepare_for_decoding(model, 1, torch.float32, int8)
             report_loss(config, model, device, dtype)
             return
-        model.to(dtype)
+        sampler = Sampler(model, dtype, int8)
         for prompt in config.prompt or (line.rstrip("\n") for line in sys.stdin):
-            print_samples(config, model, prompt, device)
+            print_samples(config, sampler, prompt, device)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import common
@@ -40,6 +41,11 @@ CONVENTIONS = {"completion": "", "harness": "harness_"}
 # 124M in fp32 these two keep the widest tensors, (tokens, 4 C) in an MLP and the logits, at 26 MB.
 BATCH_TOKENS = 2048
 LOGIT_ROWS = 128
+# A GPU waits for each launch, so it gets few and large kernels: its logits are 0.8 GB in fp32.
+CUDA_BATCH_TOKENS = 16_384
+CUDA_LOGIT_ROWS = 4096
+# All attention kernels but cuDNN's, which builds a plan for each new shape, of which there are 31.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Rows are padded to a multiple of this, so that only some forty shapes occur.
 ROUND_TO = 8
 # Rows shorter than this fraction of a batch's longest row wait for a batch with less padding.
@@ -229,16 +235,27 @@ def lay_out(request: Request, context_length: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B rows of similar length, out of R requests, padded to T; N targets; int64, on the CPU."""
+    """B rows of similar length, out of R requests, padded to T; N targets; int64."""
 
     inputs: Tensor  # (3, B, T): token, position, segment
     targets: Tensor  # (3, N): token, predictor among the B * T inputs, choice among all R * 4
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device, in one transfer, for which on CUDA the host does not wait."""
+        numbers = torch.cat((self.inputs.flatten(), self.targets.flatten()))
+        if device.type == "cuda":
+            numbers = numbers.pin_memory()  # from other memory the host would wait for the copy
+        numbers = numbers.to(device, non_blocking=device.type == "cuda")
+        inputs, targets = numbers.split((self.inputs.numel(), self.targets.numel()))
+        return Batch(inputs.view(self.inputs.shape), targets.view(self.targets.shape))
+
 
 # A training run evaluates the same examples again and again, so their batches are kept.
 @functools.lru_cache(maxsize=2)
-def pack(requests: tuple[Request, ...], context_length: int) -> list[Batch]:
-    """All requests in batches of at most BATCH_TOKENS inputs, padding included, or one row."""
+def pack(
+    requests: tuple[Request, ...], context_length: int, batch_tokens: int = BATCH_TOKENS
+) -> list[Batch]:
+    """All requests in batches of at most ``batch_tokens`` inputs with padding, or one row."""
     rows = [lay_out(request, context_length) for request in requests]
     row_lengths = [inputs.size(1) for inputs, _ in rows]
     # Rows of similar length need little padding. The longest come first, so that memory, if it
@@ -248,7 +265,7 @@ def pack(requests: tuple[Request, ...], context_length: int) -> list[Batch]:
     while waiting:
         longest = row_lengths[waiting[-1]]
         T = math.ceil(longest / ROUND_TO) * ROUND_TO
-        candidates = waiting[-max(1, BATCH_TOKENS // T) :]
+        candidates = waiting[-max(1, batch_tokens // T) :]
         chosen = [i for i in candidates if row_lengths[i] >= MIN_FILL * longest]
         del waiting[-len(chosen) :]
         batch_inputs = []
@@ -267,14 +284,21 @@ def pack(requests: tuple[Request, ...], context_length: int) -> list[Batch]:
 
 def add_log_likelihoods(model: GPT, batch: Batch, scores: Tensor) -> None:
     """Add a batch's log-probabilities, in nats, to the ``scores`` (R * 4) of all choices, fp32."""
-    tokens, positions, segments = batch.inputs.to(scores.device)  # (B, T) each
+    device = scores.device
+    batch = batch.to(device)
+    tokens, positions, segments = batch.inputs  # (B, T) each
     query = segments[:, :, None]  # (B, T, 1)
     key = segments[:, None, :]  # (B, 1, T)
     # Padding attends to itself: with no key at all, a softmax is NaN.
-    mask = ((key == CONTEXT) | (key == query)).tril()[:, None]  # (B, 1, T, T)
+    visible = ((key == CONTEXT) | (key == query)).tril()[:, None]  # (B, 1, T, T)
+    # What the attention adds to its scores; it would convert a boolean mask once in every layer.
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.lm_head.weight.dtype
+    mask = torch.where(visible, 0.0, -math.inf).to(dtype)
     hidden = model.hidden_states(tokens, positions, mask).flatten(0, 1)  # (B * T, C)
     # Only the inputs that predict a target go through the head, which is 50,304 columns wide.
-    for targets, predictors, choices in batch.targets.to(scores.device).split(LOGIT_ROWS, dim=1):
+    rows = CUDA_LOGIT_ROWS if device.type == "cuda" else LOGIT_ROWS
+    for targets, predictors, choices in batch.targets.split(rows, dim=1):
         logits = model.lm_head(hidden[predictors]).float()  # (rows, V)
         losses = F.cross_entropy(logits, targets, reduction="none")  # (rows)
         scores.index_add_(0, choices, losses, alpha=-1)
@@ -295,11 +319,15 @@ def predict(
     ``model`` is the uncompiled module. Raises ValueError when an ending exceeds its context.
     """
     requests = tuple(request for example in examples for request in example.requests)
+    batch_tokens = CUDA_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
     # Ranks share whole batches: smaller parts would mean more padding.
-    batches = pack(requests, model.config.context_length)[rank::world_size]
+    batches = pack(requests, model.config.context_length, batch_tokens)[rank::world_size]
     scores = torch.zeros(len(requests) * 4, device=device)
     # Autocast keeps the weights it has converted until its end, so it surrounds all batches.
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
+        sdpa_kernel(BACKENDS),
+    ):
         for batch in tqdm(batches, "HellaSwag", unit="batch", disable=not progress, leave=False):
             add_log_likelihoods(model, batch, scores)
     if dist.is_initialized():

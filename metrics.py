@@ -63,6 +63,9 @@ class Row(TypedDict, total=False):
     n: int
     acc: float
     acc_norm: float
+    # kind "checkpoint", whose seconds are those that training waited
+    path: str
+    write_seconds: float
     # kind "sample"
     prompt: str
     text: str
@@ -230,8 +233,9 @@ class MetricsLogger:
         """Report the pending steps but the newest ``keep``, waiting for their numbers."""
         while len(self.pending) > keep:
             step, lr, stats, arrived = self.pending.popleft()
-            if arrived is not None:
-                arrived.synchronize()
+            # Not synchronize(): until it returned, a signal's handler could not run.
+            while arrived is not None and not arrived.query():
+                time.sleep(0.0005)
             loss, stop, norm = stats.tolist()
             self.stop_requested = self.stop_requested or stop > 0
             self._report_step(step, lr, loss, norm)
@@ -284,9 +288,13 @@ class MetricsLogger:
         self.step_start = time.perf_counter()  # nor do they count as the next step's
         if row:  # it is empty when there was nothing to do, or it failed
             row["seconds"] = round(self.step_start - start, 3)
-            self.write(kind, step, row)
-            texts = [f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()]
-            self.print(f"step {step:5d} | {kind}: {', '.join(texts)}")
+            self.report(kind, step, row)
+
+    def report(self, kind: str, step: int, row: dict[str, Any]) -> None:
+        """Write a line to metrics.jsonl and print it."""
+        self.write(kind, step, row)
+        texts = [f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()]
+        self.print(f"step {step:5d} | {kind}: {', '.join(texts)}")
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl, and pass its numbers on to the trackers."""

@@ -1,12 +1,12 @@
-"""Train GPT-2 on shards of tokens: on one device, or on torchrun's many with the same numbers.
+"""Train GPT-2 on shards of tokens: on one device, or under torchrun on many, with equal results.
 
     torchrun --standalone --nproc_per_node=8 train.py        the default run: 124M, 10B tokens
     python train.py --preset quickstart                      minutes on a CPU, nothing downloaded
     python train.py --resume                                 continue from the newest checkpoint
 
 Everything is written to --log-dir: metrics.jsonl, plot.png and checkpoints, which are Hugging Face
-models. Step s is the optimizer update that follows s earlier ones, and its loss is that of the
-weights before the update.
+models. Steps count from 0: step s follows s optimizer updates, and its logged loss is that of the
+weights before its own update.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import gc
 import importlib.util
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,15 +42,15 @@ from common import (
     lock_folder,
 )
 from data_loader import StepLayout, TokenDataset, TokenLoader
-from eval import generate, validation_loss
+from eval import Sampler, SamplingOptions, validation_loss
 from metrics import MetricsLogger
 from model import GPT, GPTConfig
 from optim import build_optimizer, learning_rate, wrap_ddp
 
 Preset = Literal["gpt-xs", "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
-MAX_SKIPPED = 10  # updates skipped in a row before a run is given up
-CPU_COMPILE_STEPS = 200  # compiling takes a CPU a minute, which shorter runs do not win back
+MAX_SKIPPED = 10  # consecutive skipped updates before the run ends with an error
+CPU_COMPILE_STEPS = 200  # compiling takes a CPU about a minute: fewer steps do not recoup it
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -59,8 +60,9 @@ class TrainConfig:
     """Settings of a run. --preset sets all of them; any other flag overrides the preset."""
 
     preset: Preset = "gpt-xs"
-    """gpt-xs: GPT-2 124M on 10B tokens. quickstart: a small model on the embedded corpus.
-    gpt2, gpt2-medium, gpt2-large, gpt2-xl: OpenAI's four sizes with their context of 1024."""
+    """gpt-xs: GPT-2 124M with a context of 512, on 10B tokens. quickstart: a small model on the
+    documentation in Python's standard library. gpt2, gpt2-medium, gpt2-large, gpt2-xl: OpenAI's
+    four sizes with their context of 1024."""
     data_dir: Path = Path("edu_fineweb10B")
     """Folder of token shards, as dataset.py writes them."""
     log_dir: Path = Path("log")
@@ -72,28 +74,28 @@ class TrainConfig:
     batch_tokens: int = 524_288
     """Tokens in a step, over all devices."""
     micro_batch: int = 64
-    """Sequences that a device computes at once; gradient accumulation fills the step."""
+    """Sequences per device and micro-step; gradients are accumulated to --batch-tokens."""
     max_steps: int = 19_073
     """Optimizer updates in the whole run."""
     warmup_steps: int = 715
     """Updates of linear warm-up before the cosine decay."""
     max_lr: float = 6e-4
-    """Learning rate after the warm-up."""
+    """Peak learning rate, at the end of the warm-up."""
     min_lr: float = 6e-5
     """Learning rate of the last update."""
     weight_decay: float = 0.1
     """AdamW's weight decay, on tensors of 2 or more dimensions."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient; a larger one is scaled down to it."""
+    """Maximum norm of the gradient; a larger gradient is scaled down to it."""
 
     val_every: int = 250
-    """Steps between validation losses; 0: never, like all these intervals."""
+    """Steps between validation losses; 0 disables them, as for every interval below."""
     val_tokens: int = 10_485_760
     """Validation tokens, the same ones each time."""
     hellaswag_every: int = 250
-    """Steps between HellaSwag accuracies."""
+    """Steps between HellaSwag evaluations."""
     hellaswag_data: Path | None = None
-    """HellaSwag as a JSONL file. Default: Rowan/hellaswag from the hub."""
+    """HellaSwag as a JSONL file. Default: Rowan/hellaswag from the Hugging Face hub."""
     sample_every: int = 1000
     """Steps between samples."""
     sample_prompt: str = "Hello, I'm a language model,"
@@ -104,7 +106,7 @@ class TrainConfig:
     """Newest checkpoints to keep; 0: all."""
 
     shuffle: bool = True
-    """Read the data in a seeded random order, a new one each epoch; otherwise in its own order."""
+    """Read the data in a seeded random order, a new one each epoch; otherwise as it is stored."""
     seed: int = 1337
     """Seed of the initial weights, the order of the data and the samples."""
     device: str = "auto"
@@ -112,9 +114,10 @@ class TrainConfig:
     dtype: DtypeName = "auto"
     """Precision of the matrix products; auto: bf16 where the device has it in hardware."""
     compile: bool = True
-    """Compile the training step. A CPU compiles only runs of 200 steps or more."""
+    """Compile the training step; on a CPU only if at least 200 steps remain."""
     loss_rows: int | None = None
-    """Tokens whose logits exist at once in the loss. Default: by device; 0: all, the plain loss."""
+    """Tokens per chunk of the loss, which bounds the memory of the logits. Default: by device; 0:
+    no chunks, the plain loss."""
     bf16_grads: bool = False
     """Exchange gradients in bf16: half the traffic between devices, less exact sums."""
     profile: int = 0
@@ -127,7 +130,7 @@ class TrainConfig:
     """Send the metrics to Weights & Biases too."""
 
     def validate(self, world_size: int) -> list[str]:
-        """Every problem of these settings for ``world_size`` processes, one message each."""
+        """One message for each problem of these settings with ``world_size`` processes."""
         problems = self.model.validate()
         add = problems.append
         for name in ("batch_tokens", "micro_batch", "max_steps"):
@@ -140,12 +143,13 @@ class TrainConfig:
         if self.warmup_steps > self.max_steps:
             add(f"warmup_steps {self.warmup_steps} must not exceed max_steps {self.max_steps}")
         context = self.model.context_length
-        smallest = self.micro_batch * context * world_size  # a micro-step of all processes
-        if smallest > 0 and self.batch_tokens % smallest != 0:
-            nearest = max(1, round(self.batch_tokens / smallest)) * smallest
+        micro_step_tokens = self.micro_batch * context * world_size  # over all processes
+        if micro_step_tokens > 0 and self.batch_tokens % micro_step_tokens != 0:
+            nearest = max(1, round(self.batch_tokens / micro_step_tokens)) * micro_step_tokens
             add(
-                f"batch_tokens {self.batch_tokens} must be a multiple of {smallest} (micro_batch"
-                f" {self.micro_batch} x context_length {context} x {world_size} processes);"
+                f"batch_tokens {self.batch_tokens} must be a multiple of {micro_step_tokens}"
+                f" (micro_batch {self.micro_batch} x context_length {context} x {world_size}"
+                f" processes);"
                 f" nearest: {nearest}"
             )
         if not 0 <= self.min_lr <= self.max_lr:
@@ -170,8 +174,8 @@ def openai_size(
 ) -> TrainConfig:
     """One of OpenAI's sizes, with their context of 1024.
 
-    Learning rates are GPT-3's (Brown et al. 2020, table 2.1); the micro-batches fit a GPU of 80 GB
-    by the size of their activations.
+    Learning rates are GPT-3's (Brown et al. 2020, table 2.1). The micro-batches are estimated from
+    the size of the activations to fit a GPU of 80 GB.
     """
     model = GPTConfig(d_model=d_model, n_heads=n_heads, n_layers=n_layers, context_length=1024)
     min_lr = max_lr / 10
@@ -219,21 +223,37 @@ PRESETS: dict[str, TrainConfig] = {
 # ---- parts of the setup --------------------------------------------------------------------------
 
 
-def compile_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The model, or its DDP wrapper, compiled for shapes that never change."""
-    on_cpu = device.type == "cpu"
-    # A laptop may lack the C++ compiler that Inductor needs: then it runs uncompiled.
-    torch._dynamo.config.suppress_errors = on_cpu
-    # Below 1, norms and GELU are not kept but computed again in the backward pass, which is little
-    # beside a CPU's matrix products. A GPU, which waits for memory, keeps the default.
-    torch._functorch.config.activation_memory_budget = 0.95 if on_cpu else 1.0
-    # Compiling DDP from outside splits the graph at its buckets, so that the all-reduce of the last
-    # layers' gradients overlaps the backward pass of the first.
+def compiler_problem(device: torch.device) -> str | None:
+    """Compile a tiny function: the error's first line, or None where torch.compile works.
+
+    A laptop may lack the C++ compiler that Inductor needs. The model itself would fail only in its
+    first backward pass, where torch's fall-back to uncompiled code does not apply.
+    """
+    x = torch.ones(2, device=device, requires_grad=True)
+    try:
+        torch.compile(torch.sin)(x).sum().backward()
+    except Exception as error:  # whatever the compiler raises: the run goes on without it
+        return first_line(error)
+    return None
+
+
+def compile_model(
+    model: torch.nn.Module, device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
+    """The model, or its DDP wrapper, compiled for static shapes."""
+    # A budget below 1 computes norms and GELU again in the backward pass instead of keeping them.
+    # In fp32 on a CPU that is little beside the matrix products, and saves a tenth of the memory.
+    # Where bf16 makes the products fast it costs a tenth of the speed (305 against 335 tokens/s at
+    # 124M with avx512_bf16), and on a GPU these operations wait for memory.
+    cheap = device.type == "cpu" and dtype == torch.float32
+    torch._functorch.config.activation_memory_budget = 0.95 if cheap else 1.0
+    # Compiling the DDP wrapper, not the module in it, splits the graph at its buckets, so that the
+    # all-reduce of the last layers' gradients overlaps the backward pass of the first.
     return torch.compile(model, dynamic=False)  # type: ignore[return-value]  # typed as a callable
 
 
 def start_profiler(path: Path, steps: int, logger: MetricsLogger) -> torch.profiler.profile:
-    """Trace that many steps, from the fifth on: those before compile and allocate."""
+    """Trace ``steps`` steps from the fifth on: earlier ones compile and allocate."""
 
     def write(profiler: torch.profiler.profile) -> None:
         profiler.export_chrome_trace(str(path))
@@ -251,7 +271,7 @@ def start_profiler(path: Path, steps: int, logger: MetricsLogger) -> torch.profi
 
 
 class Run:
-    """The parts of a run, for the training loop and for whoever watches it."""
+    """The parts of a run, for the training loop and for ``on_step`` callbacks."""
 
     def __init__(self, config: TrainConfig, dist_info: DistInfo) -> None:
         """Open the data, build the model or load it from a checkpoint, and report the start."""
@@ -263,9 +283,12 @@ class Run:
         context = config.model.context_length
         self.train_data = TokenDataset(config.data_dir, "train", context)
         self.val_data = TokenDataset(config.data_dir, "val", context)
-        # A token that the model lacks would crash the device, hours later and without a name.
-        for data in (self.train_data, self.val_data):
+        # A token outside the vocabulary would crash a GPU hours later, with an error that does not
+        # name it.
+        checked = [
             data.check_tokens(config.model.vocab_size, rank, world_size)
+            for data in (self.train_data, self.val_data)
+        ]
 
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # TF32 for what is computed in fp32
@@ -276,6 +299,7 @@ class Run:
         # Initialized on the CPU, so that the weights of a seed do not depend on the device.
         self.model = GPT(config.model).to(device)
         self.model.loss_chunk_rows = config.loss_rows
+        self.sampler = Sampler(self.model, self.dtype)
         self.optimizer = build_optimizer(self.model, config.weight_decay)
         device_name = metrics.device_name(device)
         dtype_name = str(self.dtype).removeprefix("torch.")
@@ -289,28 +313,34 @@ class Run:
             peak_flops=metrics.peak_flops(device_name, dtype_name, world_size),
         )
 
-        # As plain data, since a checkpoint keeps it: only such data can be read back safely.
+        # As JSON's types: a checkpoint stores them, and must be readable without unpickling.
         self.settings = json.loads(json.dumps(asdict(config), default=str))
         self.settings["data"] = self.train_data.fingerprint()
         self.step = 0  # updates made so far
-        self.saved_step: int | None = None  # of the newest checkpoint
+        self.saved_step: int | None = None  # the step of the newest checkpoint
+        self.writer = checkpoint.Writer(config.log_dir, keep=config.keep_checkpoints)
+        self.save_seconds = 0.0  # that training waited for the checkpoint that is being written
         resumed_from = self._resume() if config.resume else None
 
         # The same weights, wrapped for training. Evaluations, samples and checkpoints use the plain
-        # module: their shapes vary, and the names of its weights have no prefix.
+        # module: their shapes vary, and its state_dict keys have no wrapper's prefix.
         self.training_model: torch.nn.Module = self.model
         self.ddp: DistributedDataParallel | None = None
         if world_size > 1:
             self.training_model = self.ddp = wrap_ddp(self.model, device, config.bf16_grads)
         steps_left = config.max_steps - self.step
         if config.compile and (device.type != "cpu" or steps_left >= CPU_COMPILE_STEPS):
-            self.training_model = compile_model(self.training_model, device)
+            problem = compiler_problem(device)
+            if problem is None:
+                self.training_model = compile_model(self.training_model, device, self.dtype)
+            else:
+                self.logger.print(f"training without torch.compile: {problem}")
 
         layout = StepLayout(config.batch_tokens // context, config.micro_batch, rank, world_size)
         self.micro_steps = layout.micro_steps()
-        windows = layout.batches(len(self.train_data), config.seed, config.shuffle, self.step)
-        # Three steps ahead: enough for the disk to be slow for a moment.
-        self.loader = TokenLoader(self.train_data, windows, device, prefetch=3 * self.micro_steps)
+        batches = layout.batches(len(self.train_data), config.seed, config.shuffle, self.step)
+        # Three steps ahead, to ride out short stalls of the disk.
+        self.loader = TokenLoader(self.train_data, batches, device, prefetch=3 * self.micro_steps)
 
         public_settings = {k: v for k, v in self.settings.items() if k != "data"}
         self.logger.start(
@@ -325,15 +355,19 @@ class Run:
             dtype=dtype_name,
             resumed_from=resumed_from.name if resumed_from is not None else None,
         )
+        if not all(checked):
+            self.logger.print(
+                "checking all shards takes more than a minute; it continues in the background"
+            )
         self.hellaswag_examples = self._load_hellaswag() if config.hellaswag_every else []
         tokens = len(self.train_data) * context
         self.logger.print(
-            f"{self.model.num_parameters():,} parameters in {dtype_name} on {world_size} x"
-            f" {device_name}; {config.batch_tokens:,} tokens a step in {self.micro_steps}"
-            f" micro-steps; {config.max_steps * config.batch_tokens / tokens:.2f} epochs of"
-            f" {tokens:,} tokens"
+            f"{self.model.num_parameters():,} parameters, computed in {dtype_name} on"
+            f" {world_size} x {device_name}; {config.batch_tokens:,} tokens a step in"
+            f" {self.micro_steps} micro-steps;"
+            f" {config.max_steps * config.batch_tokens / tokens:.2f} epochs of {tokens:,} tokens"
         )
-        # Not earlier: until here nothing is lost if a signal ends the process at once.
+        # Installed last: until now nothing is lost if a signal ends the process at once.
         self.stop_signal = checkpoint.StopSignal()
 
     def _resume(self) -> Path | None:
@@ -345,7 +379,7 @@ class Run:
         state = checkpoint.load_state(folder)
         for change in checkpoint.compare_settings(state.settings, self.settings, folder):
             self.logger.print(f"resuming with another setting: {change}")
-        # Copied into the model that the optimizer already holds the parameters of.
+        # Copied in place: the optimizer already refers to these parameters.
         self.model.load_state_dict(GPT.from_pretrained(folder).state_dict())
         self.optimizer.load_state_dict(state.optimizer)
         torch.set_rng_state(state.rng)
@@ -357,7 +391,7 @@ class Run:
         return folder
 
     def _load_hellaswag(self) -> list[hellaswag.Example]:
-        """Its examples, or none, with a message, where they cannot be loaded or downloaded."""
+        """The examples, or none and a message where they cannot be loaded or downloaded."""
         path = self.config.hellaswag_data
         try:
             return self.dist_info.run_on_rank_0(lambda: hellaswag.load_examples(path))
@@ -368,8 +402,8 @@ class Run:
 
 # ---- what is due between steps -------------------------------------------------------------------
 
-# All of it uses the plain model, since these shapes vary: the compiled one would be compiled again
-# for each of them.
+# All of it uses the uncompiled model: each new shape, such as the last batch of the validation
+# tokens, would be compiled again.
 
 
 def log_validation_loss(run: Run) -> None:
@@ -404,26 +438,30 @@ def log_hellaswag(run: Run) -> None:
 
 
 def log_sample(run: Run) -> None:
-    """On rank 0: how the model continues the prompt, the same for the same weights."""
-    if run.dist_info.rank != 0 or run.step == 0:
+    """Log how the model continues the prompt, with the same seed each time."""
+    if run.dist_info.rank != 0 or run.step == 0:  # random weights have nothing to say
         return
     prompt = run.config.sample_prompt
     tokenizer = dataset.get_tokenizer()
     with run.logger.timed("sample", run.step) as row:
         idx = torch.tensor([tokenizer.encode(prompt)], device=run.dist_info.device)  # (1, T)
-        sample = generate(
-            run.model, idx, max_new_tokens=64, top_k=50, seed=run.config.seed, dtype=run.dtype
-        )
+        options = SamplingOptions(max_new_tokens=64, top_k=50, seed=run.config.seed)
+        run.sampler.update()
+        sample = run.sampler.generate(idx, options)
         tokens = [token for token in sample[0].tolist() if token != END_OF_TEXT]
         row.update(prompt=prompt, text=tokenizer.decode(tokens))
 
 
 def save_checkpoint(run: Run) -> None:
-    """Save this step, on rank 0, unless it is saved already. A full disk does not end the run."""
-    if run.dist_info.rank != 0 or run.step == run.saved_step:
+    """Start to save this step, on rank 0, unless it is saved. A full disk does not end the run."""
+    if run.dist_info.rank != 0:
         return
-    with run.logger.timed("checkpoint", run.step) as row:
-        # Inside the block: by now the logger has read the numbers of the last step.
+    with run.logger.timed("checkpoint", run.step):  # reported when the folder is complete
+        start = time.perf_counter()
+        report_checkpoint(run, wait=True)  # one is written at a time; it may be that of this step
+        if run.step == run.saved_step:
+            return
+        # Built inside the block: on entering it the logger has read the numbers of the last step.
         state = checkpoint.TrainingState(
             step=run.step,
             optimizer=run.optimizer.state_dict(),
@@ -434,36 +472,50 @@ def save_checkpoint(run: Run) -> None:
             losses=list(run.logger.losses),
         )
         try:
-            folder = checkpoint.save(
-                run.config.log_dir, run.model, state, keep=run.config.keep_checkpoints
-            )
+            run.writer.start(run.model, state)
         except OSError as error:
             run.logger.print(f"checkpoint not saved: {error}; training continues")
-        else:
-            run.saved_step = run.step
-            row["path"] = folder.name
+        run.save_seconds = time.perf_counter() - start
+
+
+def report_checkpoint(run: Run, wait: bool = False) -> None:
+    """Report the checkpoint that was being written, if that has ended; ``wait`` until it has."""
+    try:
+        saved = run.writer.finished(wait)
+    except OSError as error:
+        run.logger.print(f"checkpoint not saved: {error}; training continues")
+        return
+    if saved is not None:
+        run.saved_step = saved.step
+        row = {
+            "path": saved.folder.name,
+            "seconds": round(run.save_seconds, 3),
+            "write_seconds": round(saved.seconds, 3),
+        }
+        run.logger.report("checkpoint", saved.step, row)
 
 
 # ---- the training loop ---------------------------------------------------------------------------
 
 
 def training_loop(run: Run) -> Iterator[None]:
-    """Train to the last step or to a signal. Yields before each step, for whoever watches.
+    """Train until ``max_steps`` or a signal to stop. Yields before each step, for callbacks.
 
-    ``run.step`` counts the updates. Nothing in a step waits for the device: its numbers are read
-    by the logger, on a GPU one step later.
+    ``run.step`` counts the updates. Nothing in a step waits for the device: the logger reads the
+    step's numbers, on a GPU one step later.
     """
     config = run.config
     world_size = run.dist_info.world_size
     device = run.dist_info.device
     logger = run.logger
-    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    launcher_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def is_due(every: int) -> bool:
         return every > 0 and (run.step % every == 0 or run.step >= config.max_steps)
 
     while True:
         # ---- what is due before this step
+        report_checkpoint(run)
         last = run.step >= config.max_steps or logger.stop_requested
         if is_due(config.val_every):
             log_validation_loss(run)
@@ -477,8 +529,8 @@ def training_loop(run: Run) -> Iterator[None]:
             break
         yield
 
-        # An orphan would train on without anybody to stop it when another rank dies.
-        if launcher is not None and os.getppid() != launcher:
+        # An orphaned rank would run on, with nothing to stop it when another rank dies.
+        if launcher_pid is not None and os.getppid() != launcher_pid:
             raise ConnectionError("torchrun has died, and nothing supervises the ranks any more")
 
         # ---- the gradient of the step, a micro-batch at a time
@@ -494,18 +546,18 @@ def training_loop(run: Run) -> Iterator[None]:
             loss.backward()
             loss_sum += loss.detach()  # on the device: to read it here would wait for the GPU
 
-        # ---- the mean loss of all ranks, and whether one of them has to stop. Before the update:
-        # ---- if this fails because a rank has died, the step has not been made.
+        # ---- the mean loss of all ranks, and whether one of them has to stop. Before the update,
+        # ---- so that gloo's error for a rank that has died leaves the step undone.
         stop = bool(run.stop_signal.name or run.loader.error)
-        stats = torch.stack((loss_sum, torch.full_like(loss_sum, stop)))
+        stats = torch.stack((loss_sum, torch.full_like(loss_sum, stop)))  # [loss, stop]
         if world_size > 1:
             dist.all_reduce(stats)
             stats /= world_size
 
         # ---- clip, set the learning rate, update
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
-        # The fused kernel skips the update where this is 1, without asking the host. The norm is
-        # that of the averaged gradient, so all ranks decide alike.
+        # The fused kernel skips the update if this is 1, so the host need not read the norm. It is
+        # the norm of the averaged gradient: all ranks decide alike.
         run.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         lr = learning_rate(
             run.step, config.max_steps, config.warmup_steps, config.max_lr, config.min_lr
@@ -516,20 +568,22 @@ def training_loop(run: Run) -> Iterator[None]:
         run.optimizer.zero_grad(set_to_none=True)
 
         # ---- log
-        logger.log_step(run.step, lr, torch.cat((stats, norm.reshape(1))))
+        logger.log_step(run.step, lr, torch.cat((stats, norm.reshape(1))))  # [loss, stop, norm]
         run.step += 1
         if logger.skipped_in_a_row == MAX_SKIPPED:
-            good = next(iter(checkpoint.list_checkpoints(config.log_dir)), "none")
+            report_checkpoint(run, wait=True)
+            good = next(iter(checkpoint.list_checkpoints(config.log_dir)), "none")  # the newest
             raise FloatingPointError(
                 f"{MAX_SKIPPED} gradients in a row were not finite; last good checkpoint: {good}"
             )
-        # The garbage collector would look through all that lives as long as the run, again and
-        # again, for milliseconds each time.
+        # Without freeze(), each collection would walk through all objects that live as long as the
+        # run, which takes milliseconds. The first time is after the step that compiled.
         if run.step % 100 == 1:
             gc.collect()
             gc.freeze()
 
     run.loader.close()
+    report_checkpoint(run, wait=True)
     logger.close()
 
 
@@ -542,8 +596,8 @@ def prepare(config: TrainConfig, world_size: int) -> filelock.BaseFileLock:
     if problems:
         raise ValueError("; ".join(problems))
     quickstart = config.preset == "quickstart"
-    if not quickstart:  # whose shards are written below
-        TokenDataset(config.data_dir, "train", config.model.context_length)
+    if not quickstart:  # whose shards may be missing: they are written below
+        TokenDataset(config.data_dir, "train", config.model.context_length)  # raises if they are
     lock = lock_folder(config.log_dir, flag="--log-dir")
     if not config.resume and checkpoint.contains_run(config.log_dir):
         raise ValueError(
@@ -561,10 +615,10 @@ def train(
 ) -> None:
     """The whole run; ``on_step`` is called before each step.
 
-    Raises ValueError or FileNotFoundError for a user's mistake, ConnectionError when another rank
-    has died, FloatingPointError when the gradients stay infinite.
+    Raises ValueError or FileNotFoundError for invalid settings or missing data, ConnectionError
+    when another rank has died, FloatingPointError after too many gradients that are not finite.
     """
-    locks: list[filelock.BaseFileLock] = []  # held until the run has ended
+    locks: list[filelock.BaseFileLock] = []  # filled on rank 0, held until the run has ended
     dist_info.run_on_rank_0(lambda: locks.append(prepare(config, dist_info.world_size)))
     run = Run(config, dist_info)
     profiler: torch.profiler.profile | None = None
@@ -577,9 +631,14 @@ def train(
                 profiler.step()
             if on_step is not None:
                 on_step(run)
-    except (OSError, RuntimeError) as error:  # a shard is gone, a rank has died, memory is out
-        if config.checkpoint_every > 0:
+    except KeyboardInterrupt:  # a second SIGINT ends the process at once
+        raise
+    except BaseException as error:  # a missing shard, a dead rank, out of memory
+        # Whatever of these has failed, the weights are those of the last complete update.
+        if isinstance(error, OSError | RuntimeError) and config.checkpoint_every > 0:
             save_checkpoint(run)
+        report_checkpoint(run, wait=True)  # the process may end without Python's own clean-up
+        # gloo raises a plain RuntimeError when a rank has died.
         if isinstance(error, dist.DistBackendError) or "gloo" in str(error):
             raise ConnectionError(
                 f"another rank has failed after step {run.step}: see its message, then resume with"
@@ -588,6 +647,7 @@ def train(
         raise
     if profiler is not None:
         profiler.stop()
+    # The loader of this rank failed, and all ranks have stopped at the same step and saved.
     if run.loader.error is not None and run.step < config.max_steps:
         raise run.loader.error
     if dist_info.rank == 0:
@@ -595,7 +655,7 @@ def train(
 
 
 def report_end(run: Run) -> None:
-    """Print how the run ended; draw a finished one."""
+    """Print how the run ended, and plot it if it is finished."""
     config = run.config
     if run.step < config.max_steps:
         saved = run.saved_step is not None
@@ -614,7 +674,8 @@ def report_end(run: Run) -> None:
 
 
 def main(on_step: Callable[[Run], None] | None = None) -> None:
-    """Read the flags: --preset chooses the defaults, which the other flags override."""
+    """Parse the flags and train. --preset chooses the defaults, which the other flags override."""
+    # First only --preset, because tyro needs the defaults before it parses anything.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="gpt-xs")
     preset = PRESETS[parser.parse_known_args()[0].preset]
@@ -627,9 +688,9 @@ def main(on_step: Callable[[Run], None] | None = None) -> None:
             raise MemoryError(
                 f"out of GPU memory at --micro-batch {config.micro_batch}; use {half}"
             ) from error
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        # Reached only after success: after an error NCCL would wait here for the other ranks.
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
     python benchmarks/bench_checkpoint.py --folder DISK
 
-Beside it a plain write of as many bytes to one file, fsynced: what the disk allows. The two take
-turns, so that a disk whose speed drifts is fair to both; the medians are compared. No page cache
-is dropped: resuming right after saving reads from memory where there is enough of it.
+The pause is the copy to host memory, for which training waits; the save is the pause and the write
+after it, which a thread does. Beside it a plain write of as many bytes to one file, fsynced: what
+the disk allows. The two take turns, so that a disk whose speed drifts is fair to both; the medians
+are compared. The first pause is the longest: it allocates the copy. No page cache is dropped:
+resuming right after saving reads from memory where there is enough of it.
 """
 
 import os
@@ -12,7 +14,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,20 +100,26 @@ def main() -> None:
     log_dir = Path(tempfile.mkdtemp(prefix=".bench_checkpoint_", dir=options.folder))
     try:
         model, optimizer, state = build(options)
+        writer = checkpoint.Writer(log_dir, keep=0)  # to delete is not part of what is compared
+        pauses = []
         saves = []
         plains = []
         for step in range(options.rounds):
             start = time.perf_counter()
-            saved = checkpoint.save(log_dir, model, replace(state, step=step), keep=1)
-            saves.append(time.perf_counter() - start)
-            for thread in set(threading.enumerate()) - {threading.main_thread()}:
-                thread.join()  # deleting the checkpoint before it must not slow the plain write
-            size = sum(file.stat().st_size for file in saved.iterdir())
+            writer.start(model, replace(state, step=step))
+            pauses.append(time.perf_counter() - start)
+            saved = writer.finished(wait=True)
+            assert saved is not None
+            saves.append(pauses[-1] + saved.seconds)
+            for old in checkpoint.list_checkpoints(log_dir)[1:]:
+                shutil.rmtree(old)
+            size = sum(file.stat().st_size for file in saved.folder.iterdir())
             plains.append(plain_write(log_dir / "plain", size))
         verifying, loading = resume(log_dir, optimizer)
         save = statistics.median(saves)
         plain = statistics.median(plains)
         print(f"{model.num_parameters():,} parameters, {size:,} bytes on disk")
+        print(f"pause        {statistics.median(pauses):6.2f} s  {spread(pauses)}")
         print(f"save         {save:6.2f} s  {size / save / 1e9:5.2f} GB/s  {spread(saves)}")
         print(f"plain write  {plain:6.2f} s  {size / plain / 1e9:5.2f} GB/s  {spread(plains)}")
         print(f"ratio        {plain / save:6.1%} of the plain write's speed")

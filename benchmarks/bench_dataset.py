@@ -1,22 +1,24 @@
 """How fast dataset.py is beside the usual recipe and beside the tokenizer alone.
 
-    python benchmarks/bench_dataset.py [--data FOLDER_OF_PARQUET_FILES]
+    python benchmarks/bench_dataset.py [--data FOLDER_OF_PARQUET_FILES] [--repeat 10]
 
-Three ways to tokenize the same documents on the same number of cores, alternating, each in a fresh
+Four ways to tokenize the same documents on the same number of cores, alternating, each in a fresh
 process; the medians of their speeds count, and the ratios, which depend less on the machine:
 
     ours     dataset.prepare: reading Parquet, tokenizing, writing and fsyncing shards
+    command  `python dataset.py` as a user types it: the same with start-up and exit
     recipe   Pool(w).imap(tokenize, dataset, chunksize=16) with encode_ordinary, filling np.save's
              arrays in the parent, as most GPT-2 reproductions do it
     ceiling  w processes calling encode_to_numpy on text that is in memory, writing nothing
 
-The clock starts when the libraries are imported, the tokenizer is loaded, and for the recipe also
-its data set is prepared. Peak memory is that of the process, and of its children if it has some.
-Beside the time by the clock stands the processor time of all processes, which tells the same story
-when something else keeps the machine busy.
+But for `command`, the clock starts when the libraries are imported, the tokenizer is loaded, and
+for the recipe also its data set is prepared. Peak memory is that of the process, and of its
+children if it has some. Beside the time by the clock stands the processor time of all processes,
+which tells the same story when something else keeps the machine busy.
 """
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -36,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import dataset
 
 SHARD_SIZE = 10_000_000
-WAYS = ("ours", "recipe", "ceiling")
+WAYS = ("ours", "command", "recipe", "ceiling")
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,14 @@ class Options:
 
     data: Path | None = None
     """A folder of Parquet files with a column `text`. Default: the embedded corpus, 40 times."""
+    repeat: int = 1
+    """Tokenize the files that many times in one run, to see how much of a long run start-up is."""
     workers: int = os.cpu_count() or 1
-    """Cores for each of the three."""
+    """Cores for each way."""
     rounds: int = 3
     """How often each is run."""
+    ways: tuple[str, ...] = WAYS
+    """Which ones to run."""
     way: str | None = None
     """For the script itself: run only this one, and print its numbers as JSON."""
 
@@ -65,6 +71,18 @@ def ours(data: Path, workers: int, out: Path) -> tuple[float, float, np.ndarray]
     config = dataset.DatasetConfig(str(data), data_dir=out, workers=workers, shard_size=SHARD_SIZE)
     start, cpu = time.perf_counter(), cpu_seconds()
     dataset.prepare(config)
+    seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
+    shards = sorted(out.glob("*.npy"), key=lambda path: path.stem[-6:])
+    return seconds, cpu, np.concatenate([np.load(path) for path in shards])
+
+
+def command(data: Path, workers: int, out: Path) -> tuple[float, float, np.ndarray]:
+    arguments = ["--source", data, "--data-dir", out, "--workers", workers]
+    start, cpu = time.perf_counter(), cpu_seconds()
+    subprocess.run(
+        [sys.executable, dataset.__file__, *map(str, arguments), "--shard-size", str(SHARD_SIZE)],
+        check=True,
+    )
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
     shards = sorted(out.glob("*.npy"), key=lambda path: path.stem[-6:])
     return seconds, cpu, np.concatenate([np.load(path) for path in shards])
@@ -137,9 +155,10 @@ def ceiling(data: Path, workers: int, out: Path) -> tuple[float, float, np.ndarr
 
 
 def run_one(way: str, data: Path, workers: int) -> None:
-    dataset.get_tokenizer()
+    if way != "command":
+        dataset.get_tokenizer()
     with tempfile.TemporaryDirectory() as out:
-        run = {"ours": ours, "recipe": recipe, "ceiling": ceiling}[way]
+        run = {"ours": ours, "command": command, "recipe": recipe, "ceiling": ceiling}[way]
         seconds, cpu, tokens = run(data, workers, Path(out))
     own, child = (
         resource.getrusage(who).ru_maxrss / 1024
@@ -168,17 +187,24 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         data = options.data or embedded_corpus(Path(temporary))
-        results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+        if options.repeat > 1:
+            files = sorted(data.glob("*.parquet"))
+            data = Path(temporary, "repeated")
+            data.mkdir()
+            for i in range(options.repeat):
+                for file in files:
+                    (data / f"{i:03d}_{file.name}").symlink_to(file.resolve())
+        results: dict[str, list[dict[str, float]]] = {way: [] for way in options.ways}
         for number in range(options.rounds):
-            for way in WAYS:
+            for way in options.ways:
                 command = [sys.executable, __file__, "--way", way, "--data", str(data)]
                 command += ["--workers", str(options.workers)]
                 run = subprocess.run(command, check=True, capture_output=True, text=True)
                 result = json.loads(run.stdout.splitlines()[-1])
                 results[way].append(result)
                 print(f"round {number + 1}  {way:8s} {result['seconds']:6.1f} s", flush=True)
-    print(f"\n{results['ours'][0]['tokens']:,} tokens, {options.workers} workers, medians")
-    for way in WAYS:
+    print(f"\n{results[options.ways[0]][0]['tokens']:,} tokens, {options.workers} workers, medians")
+    for way in options.ways:
         clock, cpu = (
             statistics.median(r["tokens"] / r[unit] / 1e6 for r in results[way])
             for unit in ("seconds", "cpu")
@@ -189,15 +215,17 @@ def main() -> None:
             f"{way:8s} {clock:5.2f}M tokens/s, {cpu:5.2f}M tokens per processor second, "
             f"peak {peak:.0f} MiB{children}"
         )
-    for other in WAYS[1:]:
+    for name, other in itertools.product(("ours", "command"), ("recipe", "ceiling")):
+        if name not in results or other not in results:
+            continue
         # Round by round, since what else the machine does changes between them.
-        pairs = list(zip(results[other], results["ours"], strict=True))
+        pairs = list(zip(results[other], results[name], strict=True))
         clock, cpu = (
             statistics.median(theirs[unit] / mine[unit] for theirs, mine in pairs)
             for unit in ("seconds", "cpu")
         )
-        print(f"ours / {other}: {clock:.2f} by the clock, {cpu:.2f} by processor time")
-    same = len({r["sha256"] for way in WAYS for r in results[way]}) == 1
+        print(f"{name} / {other}: {clock:.2f} by the clock, {cpu:.2f} by processor time")
+    same = len({r["sha256"] for way in options.ways for r in results[way]}) == 1
     print("identical tokens: " + ("yes" if same else "NO"))
     sys.exit(0 if same else 1)
 

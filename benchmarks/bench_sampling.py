@@ -2,7 +2,8 @@
 
 GPT-2 124M with random weights, one prompt, greedy, no early stop. The limit is a bare loop over the
 same matrices, a matrix-vector product each: no token can be computed without reading all weights
-once. The methods alternate, and each reports its best round.
+once; int8 weights are fewer bytes than its. The methods alternate, and each reports its best round,
+without the preparation of the weights, which only the first round needs.
 
 Example: python benchmarks/bench_sampling.py --dtype bf16
 """
@@ -21,7 +22,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import VOCAB_SIZE, choose_device
-from eval import stream
+from eval import Sampler, SamplingOptions
 from model import GPT, GPTConfig
 
 
@@ -49,6 +50,8 @@ class Options:
 class Method:
     samples: int
     run: Callable[[], object]
+    weight_bytes: float
+    """Bytes of a weight in a matrix."""
 
 
 def main() -> None:
@@ -63,10 +66,16 @@ def main() -> None:
     # All matrices that a token is multiplied with, the head among them.
     weights = [p.data for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name]
 
-    def ours(samples: int) -> None:
-        for token in stream(model, idx, n, num_samples=samples, temperature=0):  # noqa: B007
-            pass
-        token.tolist()  # waits for the device
+    def ours(samples: int, int8: bool = False) -> Method:
+        sampler = Sampler(model, int8=int8)
+        sampling = SamplingOptions(max_new_tokens=n, num_samples=samples, temperature=0)
+
+        def run() -> None:
+            for token in sampler.stream(idx, sampling):  # noqa: B007
+                pass
+            token.tolist()  # waits for the device
+
+        return Method(samples, run, 1 if int8 else dtype.itemsize)
 
     @torch.inference_mode()
     def limit() -> None:
@@ -84,10 +93,14 @@ def main() -> None:
 
     batched = f"ours, batch {options.batch}"
     methods = {
-        "ours": Method(1, lambda: ours(1)),
-        batched: Method(options.batch, lambda: ours(options.batch)),
-        "limit": Method(1, limit),
+        "ours": ours(1),
+        batched: ours(options.batch),
+        "limit": Method(1, limit, dtype.itemsize),
     }
+    int8 = ("ours, int8", f"{batched}, int8")
+    if device.type == "cpu":  # other devices refuse it
+        methods[int8[0]] = ours(1, int8=True)
+        methods[int8[1]] = ours(options.batch, int8=True)
     if options.hugging_face:
         from transformers import AutoModelForCausalLM
 
@@ -100,9 +113,9 @@ def main() -> None:
             out = theirs.generate(idx, do_sample=False, max_new_tokens=n, min_new_tokens=n)
             out[0, -1].item()  # waits for the device
 
-        methods["Hugging Face"] = Method(1, hugging_face)
+        methods["Hugging Face"] = Method(1, hugging_face, dtype.itemsize)
     if options.uncached:
-        methods["without cache"] = Method(1, uncached)
+        methods["without cache"] = Method(1, uncached, dtype.itemsize)
 
     best = dict.fromkeys(methods, float("inf"))  # seconds
     for _ in range(options.rounds):
@@ -115,14 +128,14 @@ def main() -> None:
 
     threads = torch.get_num_threads()
     print(f"124M, {options.prompt} + {n} tokens, {options.dtype}, {device}, {threads} threads")
-    gigabytes = sum(w.numel() * w.element_size() for w in weights) / 1e9
+    billions = sum(w.numel() for w in weights) / 1e9
     speed = {}
     for name, method in methods.items():
         speed[name] = method.samples * n / best[name]
-        bandwidth = gigabytes * n / best[name]
-        print(f"{name:16} {speed[name]:9.2f} tokens/s   weights at {bandwidth:7.2f} GB/s")
+        bandwidth = billions * method.weight_bytes * n / best[name]
+        print(f"{name:19} {speed[name]:9.2f} tokens/s   weights at {bandwidth:7.2f} GB/s")
     for name in methods:
-        if name == batched:
+        if name in (batched, *int8):
             print(f"{name} / ours {speed[name] / speed['ours']:.2f}")
         elif name != "ours":
             print(f"ours / {name} {speed['ours'] / speed[name]:.2f}")

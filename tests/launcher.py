@@ -12,10 +12,12 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -50,7 +52,7 @@ def fork_server() -> ForkServerContext:
     """The process that has imported train.py, of which each run is a copy."""
     context = multiprocessing.get_context("forkserver")
     # torch would import Inductor for each run's optimizer, which takes seconds.
-    imports = ["train", "launcher", "torch._inductor", "torch.distributed.run", "preload"]
+    imports = ["train", "launcher", "torch.distributed.run", "torch._inductor", "preload"]
     context.set_forkserver_preload(imports)
     with pytest.MonkeyPatch.context() as patch:
         # Python 3.11 does not pass sys.path on to the server.
@@ -183,10 +185,12 @@ def refused(result: tuple[int, str, str], *words: str) -> None:
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port nobody listens on, below those that any outgoing connection may be given."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def is_last_rank(run: Any) -> bool:

@@ -6,7 +6,10 @@ import pickle
 import resource
 import shutil
 import signal
+import threading
+import time
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from launcher import (
+    TIMEOUT,
     metrics,
     read_files,
     refused,
@@ -25,6 +29,7 @@ from launcher import (
 
 import checkpoint
 from common import lock_folder
+from model import GPT, GPTConfig
 
 # ---- damaged checkpoints -------------------------------------------------------------------------
 
@@ -152,10 +157,18 @@ def test_a_state_that_lacks_a_part_is_refused(copy: Path) -> None:
 SILENT = ("--checkpoint-every", "0", "--val-every", "0", "--sample-every", "0")
 
 
+def wait_for_checkpoint(run: Any) -> None:
+    """A checkpoint that is being written meets one state of the disk, and not two."""
+    import train  # not at the top: only the fork server has imported it
+
+    train.report_checkpoint(run, wait=True)
+
+
 def full_disk(limit: int, first: int, last: int, run: Any) -> None:
     """No file can grow beyond ``limit`` bytes from step ``first`` until step ``last``."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     if run.step in (first, last):
+        wait_for_checkpoint(run)
         size = limit if run.step == first else hard
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
@@ -169,6 +182,7 @@ def leave_root() -> None:
 def lose_write_permission(run: Any) -> None:
     """The log folder becomes read-only."""
     if run.step == 3:
+        wait_for_checkpoint(run)
         os.chmod("log", 0o555)
         leave_root()
 
@@ -267,3 +281,94 @@ def test_a_process_killed_in_a_save_leaves_only_whole_checkpoints(
     assert f"resumed from log/step_{steps[-1]:06d}" in out
     assert saved_steps(log) == [40]
     assert not list(log.glob(".partial_*"))
+
+
+# ---- writing while training continues ------------------------------------------------------------
+
+
+def delay_save(step: int, delay: Callable[[], object]) -> None:
+    """No file of the checkpoint of a step is written before ``delay`` has returned."""
+    mkdir = os.mkdir
+
+    def slow_mkdir(path: Path, *arguments: Any) -> None:
+        mkdir(path, *arguments)
+        if Path(path).name == f".partial_step_{step:06d}":
+            delay()
+
+    os.mkdir = slow_mkdir  # type: ignore[assignment]  # without its keyword arguments
+
+
+def write_slowly(run: Any) -> None:
+    """The write of step 35 ends while the run, in step 40, waits for it to save that one."""
+    if run.step == 0:
+        run.step_39 = threading.Event()
+        delay_save(35, lambda: run.step_39.wait(TIMEOUT))
+        delay_save(35, lambda: time.sleep(0.5))
+    if run.step == 39:
+        assert Path("log/.partial_step_000035").exists()
+        assert saved_steps(Path("log")) == [14, 21, 28]
+        run.step_39.set()
+
+
+def test_training_continues_while_a_checkpoint_is_written(folder: Path, finished: Path) -> None:
+    run_well(folder, on_step=write_slowly)
+    lines = (folder / "log/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    events = [(row["kind"], row["step"]) for row in rows]
+    saves = [row for row in rows if row["kind"] == "checkpoint"]
+    assert [row["path"] for row in saves[-2:]] == ["step_000035", "step_000040"]
+    assert events.index(("checkpoint", 35)) > events.index(("train", 39))
+    assert saves[-2]["seconds"] < saves[-2]["write_seconds"]
+    # It holds the weights and the optimizer of its step, and not of those that were made meanwhile.
+    expected, written = (read_files(at / "log/step_000035") for at in (finished, folder))
+    assert written == expected
+
+
+def end_while_saving(how: str, run: Any) -> None:
+    """The run ends while its checkpoint of step 7 is written."""
+    if run.step == 0:
+        delay_save(7, lambda: time.sleep(0.5))
+    if run.step == 7:
+        if how == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            raise {"exit": SystemExit(5), "error": OSError("it"), "bug": TypeError("it")}[how]
+
+
+@pytest.mark.parametrize(
+    ("how", "expected", "steps"),
+    [("signal", 0, [0, 7, 8]), ("exit", 5, [0, 7]), ("error", 1, [0, 7]), ("bug", 1, [0, 7])],
+)
+def test_the_end_of_a_run_waits_for_the_checkpoint_that_is_written(
+    folder: Path, how: str, expected: int, steps: list[int]
+) -> None:
+    code, out, _ = run(folder, on_step=partial(end_while_saving, how))
+    assert code == expected
+    assert saved_steps(folder / "log") == steps
+    assert out.count("checkpoint: path step_000007") == 1
+    assert all(checkpoint.verify(path) is None for path in (folder / "log").glob("step_*"))
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a GPU: tensors that claim to be on one, where nothing can be pinned."""
+    model = GPT(GPTConfig(d_model=16, n_heads=2, n_layers=1, context_length=16, vocab_size=300))
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    state = checkpoint.TrainingState(3, {}, torch.get_rng_state(), {}, 0.0, 0, [])
+    waits: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    writer = checkpoint.Writer(tmp_path, keep=0)
+    writer.start(model, state)
+    assert waits == [1]  # the copies have arrived before training may change the weights
+    with pytest.raises(RuntimeError, match="still being written"):
+        writer.start(model, state)
+    with torch.no_grad():
+        model.transformer.wte.weight.zero_()
+    saved = writer.finished(wait=True)
+    monkeypatch.undo()
+    assert saved is not None
+    assert writer.finished() is None
+    loaded = GPT.from_pretrained(saved.folder).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())

@@ -250,6 +250,16 @@ def test_a_slow_chunk_does_not_let_the_others_pile_up(monkeypatch: pytest.Monkey
     assert len(list(results)) == 49
 
 
+def test_the_vocabulary_is_loaded_once_for_all_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "BATCH_DOCUMENTS", 3)  # work for all of them
+    dataset.get_tokenizer.cache_clear()
+    config = config_for(write(tmp_path / "a.jsonl", TEXTS), tmp_path / "out")
+    prepare(dataclasses.replace(config, workers=4))
+    assert dataset.get_tokenizer.cache_info().misses == 1
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 

@@ -193,10 +193,8 @@ def error_of(failed: subprocess.CompletedProcess[str]) -> str:
     """The error, which must be a single line at the end."""
     assert "Traceback" not in failed.stderr
     lines = failed.stderr.splitlines()
-    # Threads that are still reading may add warnings of huggingface_hub.
-    ours = [line for line in lines if not line.startswith(("HTTP Error", "Retrying"))]
-    assert [line for line in lines if line.startswith("dataset.py: ")] == ours[-1:]
-    return ours[-1]
+    assert [line for line in lines if line.startswith("dataset.py: ")] == lines[-1:]
+    return lines[-1]
 
 
 def test_a_bad_connection_changes_nothing(

@@ -126,6 +126,27 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return run
 
 
+def test_int8_changes_the_loss_and_the_samples_but_hardly(
+    data_dir: Path, tmp_path: Path, command: Command
+) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(32, 2, 2, 16, 50304)).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(4)  # predictions far from uniform
+    model.save_pretrained(tmp_path)
+    flags = ("--loss", "--json", "--checkpoint", tmp_path, "--data-dir", data_dir)
+    _, exact, _ = command(*flags)
+    _, rounded, _ = command(*flags, "--quantize", "int8")
+    losses = json.loads(exact)["loss"], json.loads(rounded)["loss"]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.005)
+    sampling = ("--prompt", "The", "--max-new-tokens", "20", "--quantize", "int8")
+    code, out, err = command("--checkpoint", tmp_path, "--json", *sampling)
+    assert code == 0
+    assert json.loads(out)["tokens"] == 20
+    assert "int8" in err
+
+
 @pytest.mark.parametrize("T", [8, 16])
 def test_the_loss_command_measures_any_context_length_in_bits_of_the_text(
     data_dir: Path, checkpoint: Path, T: int, command: Command
@@ -177,6 +198,7 @@ def test_streaming_prints_the_same_text(checkpoint: Path, command: Command) -> N
         ("--temperature -1 --top-k 0", ["temperature -1", "top_k 0"]),  # both at once
         ("--top-p 1.5", ["top_p 1.5"]),
         ("--stream --json", ["stream", "json"]),
+        ("--quantize int8", ["int8", "16"]),  # of 16 channels, and the kernel needs 32
         ("--loss --data-dir no/such/folder", ["no/such/folder"]),
         ("--loss --val-tokens 5", ["5 validation tokens"]),
         ("--loss --context-length 17", ["17"]),

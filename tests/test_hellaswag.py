@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hellaswag
 from dataset import get_tokenizer, save_tokenizer
@@ -113,12 +116,17 @@ def test_predictions_equal_lm_eval(
         assert summary[f"harness_{name}"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("context_length", [128, 24])
-def test_scores_equal_one_choice_at_a_time(examples: Examples, context_length: int) -> None:
+@pytest.mark.parametrize(
+    ("context_length", "batch_tokens"),
+    [(128, hellaswag.BATCH_TOKENS), (24, hellaswag.BATCH_TOKENS), (128, 100_000)],
+)
+def test_scores_equal_one_choice_at_a_time(
+    examples: Examples, context_length: int, batch_tokens: int
+) -> None:
     model = random_model(context_length)
     requests = tuple(request for example in examples for request in example.requests)
     scores = torch.zeros(len(requests) * 4)
-    for batch in hellaswag.pack(requests, context_length):
+    for batch in hellaswag.pack(requests, context_length, batch_tokens):
         hellaswag.add_log_likelihoods(model, batch, scores)
     expected = []
     for request in requests:
@@ -153,6 +161,66 @@ def test_each_context_is_computed_once_with_little_padding(examples: Examples) -
         assert batch.inputs[0].numel() <= hellaswag.BATCH_TOKENS
     # Kept for the next evaluation, which makes a tuple of its own.
     assert hellaswag.pack((*requests[:40], *requests[40:]), 128) is batches
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_is_made_once_a_batch_and_changes_no_bit(
+    examples: Examples, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(64)
+    masks = []
+    hidden_states = GPT.hidden_states
+
+    def as_boolean(self: GPT, idx: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        masks.append(mask)
+        hidden = hidden_states(self, idx, positions, mask)
+        assert torch.equal(hidden, hidden_states(self, idx, positions, mask == 0))
+        return hidden
+
+    with Recorder() as recorder:
+        chosen = hellaswag.predict(model, examples[:8], CPU, dtype=dtype)
+    monkeypatch.setattr(GPT, "hidden_states", as_boolean)
+    assert torch.equal(hellaswag.predict(model, examples[:8], CPU, dtype=dtype), chosen)
+    assert {mask.dtype for mask in masks} == {dtype}
+    # SDPA converts a boolean mask with `where`: once for each of the two layers.
+    assert recorder.counts["where"] == len(masks)
+
+
+def test_a_batch_goes_to_the_device_in_one_transfer(examples: Examples) -> None:
+    for batch in hellaswag.pack(examples[0].requests, 64):
+        with Recorder() as recorder:
+            moved = batch.to(torch.device("meta"))
+        assert recorder.counts["_to_copy"] == 1
+        assert moved.inputs.shape == batch.inputs.shape
+        assert moved.targets.shape == batch.targets.shape
+        here = batch.to(CPU)
+        assert torch.equal(here.inputs, batch.inputs)
+        assert torch.equal(here.targets, batch.targets)
+
+
+def test_attention_does_not_go_to_cudnn(examples: Examples) -> None:
+    model = random_model(64)
+    enabled: list[bool] = []
+    cudnn_enabled = torch.backends.cuda.cudnn_sdp_enabled
+    model.transformer.ln_f.register_forward_hook(lambda *_: enabled.append(cudnn_enabled()))
+    assert cudnn_enabled()
+    hellaswag.predict(model, examples[:4], CPU)
+    assert set(enabled) == {False}
+    assert cudnn_enabled()  # training may use it
 
 
 def test_ranks_count_each_example_once(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,8 +193,10 @@ def test_training_and_validation_give_the_same_loss() -> None:
     torch.testing.assert_close(model(idx, targets), validation, rtol=1e-6, atol=0)
 
 
-def test_the_training_graph_compiles_without_a_break() -> None:
+@pytest.mark.parametrize("rows", [None, 8])  # the CPU's choice, and the form that a GPU compiles
+def test_the_training_graph_compiles_without_a_break(rows: int | None) -> None:
     model = GPT(GPTConfig(d_model=16, n_heads=2, n_layers=1, context_length=16))
+    model.loss_chunk_rows = rows
     idx, targets = tokens(2, 16), tokens(2, 16, 1)
     torch._dynamo.reset()
     # "aot_eager" traces both passes as Inductor's front end does, without a C++ compiler.
@@ -204,6 +206,34 @@ def test_the_training_graph_compiles_without_a_break() -> None:
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("rows", [None, 20])
+def test_a_compiled_step_has_the_loss_and_gradients_of_the_uncompiled_one(rows: int | None) -> None:
+    # They use different forms of the loss.
+    model, idx, targets = randomised(), tokens(3, 24), tokens(3, 24, 1)
+    model.loss_chunk_rows = rows
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    parameters = list(model.parameters())
+    expected = model(idx, targets)
+    loss = compiled(idx, targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for got, want in zip(
+        torch.autograd.grad(loss, parameters),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    ):
+        assert ((got - want).norm() / want.norm()).item() < 1e-5
+
+
+def test_the_uncompiled_loss_is_exact_where_the_target_is_all_but_impossible() -> None:
+    # Its probability, e**-200, is 0 in fp32.
+    hidden = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    weight = torch.eye(2, requires_grad=True)
+    loss = LinearCrossEntropy.apply(hidden, weight, torch.tensor([1]), 1, torch.float32, False)
+    assert loss.item() == 200
+    assert torch.autograd.grad(loss, hidden)[0].tolist() == [[1, -1]]
 
 
 def test_too_long_an_input_is_refused_with_the_context_named() -> None:

@@ -30,7 +30,7 @@ CONFIGS = {  # by the names of their scripts
 # A shorter run of a smaller model by the same commands: the quickstart takes minutes.
 SHORTER = (
     " --max-steps 4 --warmup-steps 2 --val-every 2 --val-tokens 1024 --sample-every 4"
-    " --batch-tokens 256 --micro-batch 2 --model.d-model 16 --model.n-layers 1"
+    " --batch-tokens 256 --micro-batch 2 --model.d-model 32 --model.n-layers 1"
 )
 
 

@@ -1,16 +1,25 @@
 """Sampling: the cache, the draw, the stop, and the text that eval.py prints."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import eval
 from common import END_OF_TEXT, VOCAB_SIZE
 from dataset import get_tokenizer
-from eval import decode, generate, prepare_for_decoding, sample_next_token, stream_text
+from eval import (
+    Sampler,
+    SamplingOptions,
+    decode,
+    prepare_for_decoding,
+    sample_next_token,
+    stream_text,
+)
 from model import GPT, GPTConfig
 
 
@@ -21,6 +30,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def generate(
+    model: GPT, idx: Tensor, n: int, dtype: torch.dtype | None = None, **how: Any
+) -> Tensor:
+    """Prompts with up to ``n`` more tokens, by default drawn from all of the vocabulary."""
+    options = SamplingOptions(**({"max_new_tokens": n, "top_k": None} | how))
+    return Sampler(model, dtype).generate(idx, options)
 
 
 def random_model(context_length: int = 32, vocab_size: int = 300) -> GPT:
@@ -66,7 +83,7 @@ def test_cached_logits_equal_those_of_the_full_pass_at_every_position(
     model = random_model()
     idx = torch.randint(300, (rows, 32))
     full = model(idx)
-    prepared = prepare_for_decoding(model, rows, torch.float32)
+    prepared, _ = prepare_for_decoding(model, rows, torch.float32)
     cache = torch.zeros(2, 2, rows, 4, 32, 8)  # layers, key and value, B, H, positions, D
     for start, end in [(0, prompt), *((t, t + 1) for t in range(prompt, 32))]:
         for up_to in (end, None):  # attention to the tokens so far, or to a masked whole cache
@@ -142,7 +159,8 @@ def test_20000_samples_agree_with_the_exact_distribution(how: dict[str, Any]) ->
 def test_a_sequence_of_draws_of_one_generator_is_independent() -> None:
     logits = torch.zeros(1, 2)
     generator = torch.Generator().manual_seed(3)
-    draws = torch.cat([sample_next_token(logits, [generator]) for _ in range(4000)])
+    options = SamplingOptions()
+    draws = torch.cat([sample_next_token(logits, [generator], options) for _ in range(4000)])
     pairs = torch.bincount(draws[:-1] * 2 + draws[1:], minlength=4) / 3999
     assert (pairs - 0.25).abs().max() < 0.03  # 4 standard deviations
 
@@ -184,6 +202,101 @@ def test_sampling_works_under_autocast_and_leaves_training_alone() -> None:
         assert generate(model, idx, 40, top_k=50).shape == (1, 45)
     model(idx, idx).backward()
     assert model.lm_head.weight.grad is not None
+
+
+def test_a_sampler_keeps_its_graph_and_takes_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    captures = []
+
+    def capture(step: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
+        captures.append([x.shape for x in inputs])
+        return step  # stands in for a graph: it knows only the tensors that it was captured with
+
+    monkeypatch.setattr(eval, "capture_cuda_graph", capture)
+    model = random_model()
+    idx = torch.randint(300, (2, 5))
+    # fp64: these are copies of the weights, and rounding cannot turn a draw.
+    options = SamplingOptions(max_new_tokens=60, num_samples=3, top_k=None)  # past the context
+    sampler = Sampler(model, torch.float64)
+    sampler.use_graph = True
+    texts = []
+    for _ in range(3):
+        texts.append(sampler.generate(idx, options))
+        assert torch.equal(texts[-1], Sampler(model, torch.float64).generate(idx, options))
+        for parameter in model.parameters():  # in place, as a training step does
+            parameter.add_(torch.randn_like(parameter))
+        sampler.update()
+    assert not torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[1], texts[2])
+    assert len(captures) == 1
+
+
+def test_cached_attention_leaves_cudnn_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = []
+    attention = F.scaled_dot_product_attention
+
+    def observed(*args: Any, **kwargs: Any) -> Tensor:
+        backends = torch.backends.cuda
+        allowed.append((backends.cudnn_sdp_enabled(), backends.flash_sdp_enabled()))
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", observed)
+    generate(random_model(), torch.tensor([[3, 1]]), 3)
+    assert set(allowed) == {(False, True)}
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # training chooses as before
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40], ids=["one", "a few", "a prompt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_logits_are_those_of_the_rounded_weights(dtype: torch.dtype, rows: int) -> None:
+    model = random_model()
+    idx = torch.randint(300, (rows, 1))
+    prepared, _ = prepare_for_decoding(model, rows, dtype, int8=True)
+    cache = torch.zeros(2, 2, rows, 4, 1, 8, dtype=dtype)
+    logits = decode(prepared, cache, idx, torch.tensor([0]))
+    rounded = random_model()
+    rounded.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # not the embedding
+    for layer in rounded.modules():
+        if isinstance(layer, torch.nn.Linear):
+            scale = (layer.weight.abs().amax(1, keepdim=True) / 127).bfloat16().float()
+            layer.weight = torch.nn.Parameter((layer.weight / scale).round() * scale)
+    difference = (logits - rounded(idx)[:, -1]).norm() / logits.norm()
+    assert difference < 0.02  # of activations in bf16
+    unrounded = (rounded(idx) - model(idx)).norm() / logits.norm()
+    assert 1e-4 < unrounded < 0.03
+    assert not torch.equal(logits, model(idx)[:, -1])
+
+
+def trained_model() -> GPT:
+    """Counts: the token after t is t + 1, of 64."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(32, 2, 2, 32, 64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        sequence = (torch.randint(64, (16, 1)) + torch.arange(33)) % 64
+        model(sequence[:, :-1], sequence[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_int8_writes_the_greedy_text_of_a_trained_model(num_samples: int) -> None:
+    model = trained_model()
+    idx = torch.tensor([[5, 6, 7]])
+    options = SamplingOptions(max_new_tokens=80, num_samples=num_samples, temperature=0)
+    out = Sampler(model, int8=True).generate(idx, options)
+    assert torch.equal(out, (torch.arange(5, 88) % 64).expand(num_samples, -1))
+
+
+def test_int8_needs_rows_that_its_kernel_can_read() -> None:
+    model = GPT(GPTConfig(24, 2, 1, 16, 64))
+    with pytest.raises(ValueError, match="24"):
+        Sampler(model, int8=True).generate(torch.tensor([[1]]), SamplingOptions())
+
+
+def test_int8_is_refused_by_other_devices_than_a_cpu() -> None:
+    with pytest.raises(ValueError, match="meta"):  # stands in for a GPU
+        prepare_for_decoding(GPT(GPTConfig(32, 2, 1, 16, 64)).to("meta"), 1, torch.float32, True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
