@@ -30,8 +30,7 @@ from model import GPT
 
 STATE_FILE = "training_state.pt"
 CHECKSUMS_FILE = "checksums.json"
-# With another value of one of these it would be another run: another model, or other tokens in a
-# step than those that the checkpoint's weights have seen.
+# A resumed run must not change these: they determine the model and which tokens each step sees.
 FIXED_SETTINGS = ("model", "batch_tokens", "seed", "shuffle", "data")
 # These say how the process was started, not what it computes.
 IGNORED_SETTINGS = ("resume", "log_dir")
@@ -67,7 +66,10 @@ class TrainingState:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask for an orderly stop; a second SIGINT ends at once."""
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask for an orderly stop.
+
+    A SIGINT after any of them raises KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self.name = ""  # of the signal that was received
@@ -128,8 +130,10 @@ def latest_valid(log_dir: Path) -> Path | None:
 def verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None when they match their checksums."""
     try:
-        # A list without the files that matter would let a folder without weights pass.
         checksums = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        if not isinstance(checksums, dict):
+            return f"{CHECKSUMS_FILE} is not a JSON object"
+        # An incomplete list would let a folder without weights pass.
         if not {STATE_FILE, "model.safetensors", "config.json"} <= set(checksums):
             return f"{CHECKSUMS_FILE} does not list all files"
         for name, expected in checksums.items():
@@ -156,28 +160,28 @@ class Saved:
     step: int
     folder: Path
     seconds: float
-    """That the thread took, the deletion of old checkpoints included."""
+    """Time that the thread took, with the deletion of old checkpoints."""
 
 
 class Writer:
     """Writes the checkpoints of a run in a thread, one at a time, while training continues."""
 
     def __init__(self, log_dir: Path, keep: int) -> None:
-        """For checkpoints in ``log_dir``, of which the newest ``keep`` are kept (0: all)."""
+        """Write to ``log_dir`` and keep only the newest ``keep`` checkpoints (0: all)."""
         self._log_dir = log_dir
         self._keep = keep
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[Saved] | None = None
-        # What is written is a copy of weights and moments, since the next step changes them in
-        # place. It costs as much host memory as a checkpoint has bytes, 1.5 GB of 124M (pinned
-        # 2.5 GB: torch rounds pinned tensors up to powers of two), and is kept for the next save.
+        # The thread writes host copies of the weights and AdamW's moments, since the next step
+        # updates the originals in place. They take 1.5 GB for 124M (2.5 GB if pinned: torch rounds
+        # pinned allocations up to powers of two) and are reused by every save.
         self._copies: dict[str, Tensor] = {}
-        self._model: GPT | None = None  # whose weights are some of these copies
+        self._model: GPT | None = None  # its parameters are the "model.*" entries of _copies
 
     def start(self, model: GPT, state: TrainingState) -> None:
         """Copy the run to host memory and start to write the copy.
 
-        The save before must have been taken with ``finished``: it was written from the same memory.
+        Collect the previous save with ``finished`` first: both use the same host buffers.
         Raises OSError when the run cannot be copied.
         """
         if self._pending is not None:
@@ -186,12 +190,14 @@ class Writer:
             weights = self._copy("model", model.transformer.state_dict())
             optimizer = self._copy("optimizer", state.optimizer)
             if model.lm_head.weight.is_cuda:
-                torch.cuda.synchronize()  # the copies were only queued
+                torch.cuda.synchronize(model.lm_head.weight.device)  # the copies were only queued
         except (RuntimeError, MemoryError) as error:
             name = f"step_{state.step:06d}"
             raise OSError(f"{self._log_dir / name} could not be copied: {error}") from error
         if self._model is None:
-            with torch.device("meta"):  # no memory for weights, which are assigned instead
+            # Once is enough: assign=True makes the copies its parameters, so later saves, which
+            # overwrite the copies, also update this model.
+            with torch.device("meta"):  # allocates no weights
                 self._model = GPT(model.config)
             self._model.transformer.load_state_dict(weights, assign=True)
             self._model.lm_head.weight = self._model.transformer.wte.weight
@@ -199,19 +205,22 @@ class Writer:
         self._pending = self._thread.submit(self._write, self._model, state_copy)
 
     def finished(self, wait: bool = False) -> Saved | None:
-        """The save that was started, once, when it has ended; with ``wait`` as soon as it has.
+        """The result of the pending save, once. With ``wait`` it blocks until the save has ended.
 
-        None while it is being written, and when none was started. Raises OSError when it failed.
+        None if it is still being written or there is none. Raises OSError if the save failed.
         """
         pending = self._pending
         if pending is None or not (wait or pending.done()):
             return None
-        futures.wait([pending])  # handlers of signals run meanwhile
+        futures.wait([pending])  # if a signal's handler raises here, _pending is still set
         self._pending = None
         return pending.result()
 
     def _copy(self, name: str, value: Any) -> Any:
-        """Plain data with its tensors copied to host memory; ``name`` is that of the memory."""
+        """Copy the tensors of nested dicts to host buffers; ``name`` is the buffer's key.
+
+        Anything else is returned as it is, lists included: they must not hold tensors.
+        """
         if isinstance(value, dict):
             return {key: self._copy(f"{name}.{key}", entry) for key, entry in value.items()}
         if not isinstance(value, Tensor):
@@ -238,7 +247,8 @@ def _host_memory(tensor: Tensor) -> Tensor:
 def save(log_dir: Path, model: GPT, state: TrainingState, keep: int) -> Path:
     """Write the checkpoint of ``state.step``, then delete old ones but for ``keep`` (0: keep all).
 
-    Raises OSError when it cannot be written; then nothing of it is left and nothing is deleted.
+    Raises OSError on failure. If writing the files failed, nothing of them is left and no old
+    checkpoint was deleted.
     """
     final = log_dir / f"step_{state.step:06d}"
     partial = log_dir / f".partial_{final.name}"
@@ -249,7 +259,8 @@ def save(log_dir: Path, model: GPT, state: TrainingState, keep: int) -> Path:
         # name, and only then fewer old checkpoints.
         partial.mkdir()
         _write_files(partial, model, state)
-        shutil.rmtree(final, ignore_errors=True)  # of an earlier attempt that was damaged
+        if final.exists():  # a damaged earlier attempt: moved aside, never half deleted in place
+            final.rename(log_dir / f".partial_old_{final.name}")
         partial.rename(final)
         fsync(log_dir)
     except Exception as error:  # torch and safetensors report a full disk with their own classes
@@ -325,7 +336,7 @@ def load_state(folder: Path) -> TrainingState:
             warnings.simplefilter("ignore")
             state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         return TrainingState.from_state_dict(state)
-    except Exception as error:  # torch's own message recommends to load it unsafely
+    except Exception as error:  # torch's own message recommends weights_only=False
         raise ValueError(
             f"{folder / STATE_FILE}: not a training state, or one that would run code when loaded;"
             f" delete {folder} to resume from the checkpoint before"

@@ -220,9 +220,10 @@ def prepare_for_decoding(
 ) -> tuple[GPT, list[nn.Parameter]]:
     """A copy of the model in ``dtype``, at its fastest with ``rows`` tokens at a time.
 
-    ``int8`` rounds the weights of the matrix products, but not the embedding that shares the
-    head's. Also returns the copies of ``model.parameters()``, in their order; those that have this
-    dtype already share its memory.
+    ``int8`` quantizes the linear layers and the head, not the token embedding tied to it. Also
+    returns the copies of ``model.parameters()``, in that order; the copy of a parameter that has
+    this dtype already shares its memory. The linear layers of the returned model are plain
+    functions, so it is good for forward passes only.
     """
     copies = [nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()]
     # deepcopy looks an object's id up in its memo first and uses what it finds there.
@@ -247,8 +248,8 @@ def projection(layer: nn.Linear, rows: int, int8: bool) -> Callable[[Tensor], Te
     bias = layer.bias
     if int8:
         quantized, scales = quantize(weight)
-        # A prompt's many rows take half the time with the rounded weights in full: the int8 kernel
-        # does not win beyond 16 rows.
+        # The int8 kernel wins only up to 16 rows. Beyond that, as in a prompt, a plain product with
+        # the dequantized weights takes half the time.
         rounded = (quantized * scales[:, None].float()).to(weight.dtype)  # (N, K)
 
         def int8_linear(x: Tensor) -> Tensor:
@@ -273,7 +274,7 @@ def projection(layer: nn.Linear, rows: int, int8: bool) -> Callable[[Tensor], Te
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix (N, K) as int8 and a bf16 scale (N,) for each row, whose largest weight is 127.
+    """A matrix (N, K) as int8, 127 for the largest of a row, and each row's bf16 scale (N,).
 
     Raises ValueError where torch has no usable kernel for the product.
     """
@@ -283,23 +284,24 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     if weight.size(1) % 32 != 0:  # the kernel would read beyond the end of a row
         raise ValueError(f"quantize int8: d_model {weight.size(1)} must be a multiple of 32")
     largest = weight.float().abs().amax(dim=1).clamp(min=1e-12)
-    # Divided by the scale as rounded to bf16, so its rounding is no error. It is off by at most one
-    # part in 512, too little to make 128 of 127.
+    # Divide by the bf16-rounded scale, which also multiplies later, so that its rounding adds no
+    # error. It is off by at most 1/512, too little for 127 to become 128 and overflow.
     scales = (largest / 127).bfloat16()
     return (weight / scales[:, None].float()).round_().to(torch.int8), scales
 
 
-# cuDNN is left out: it builds a plan for each new shape, about 0.4 s each, and prompts come in any
-# length; and masked or captured calls, as in a CUDA graph, are its weak spot.
+# Without cuDNN, which builds a plan for each new shape, about 0.4 s each: prompts have any length.
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def decode(
     model: GPT, cache: Tensor, idx: Tensor, positions: Tensor, end: int | None = None
 ) -> Tensor:
-    """fp32 logits (B, 50257) of the token after ``idx`` (B, T): one token, or a prompt from 0 on.
+    """The fp32 logits (B, 50257) of the token that follows ``idx`` (B, T).
 
-    Its keys and values go to ``positions`` (T,) of the cache (n_layers, 2, B, H, places, D), in
-    which those of all tokens before it stand already; ``end`` is the position after its last.
-    Without ``end`` the attention masks the whole cache, so that all tokens have the same shapes.
+    ``idx`` is a single token (T = 1) or a whole prompt that starts at position 0. Its keys and
+    values are written to ``positions`` (T,) of the cache (n_layers, 2, B, H, places, D), which must
+    already hold those of all earlier tokens. ``end`` is its last position plus one: only these
+    places are read. Without it the whole cache is read and later places are masked out, so that
+    shapes never change, as a CUDA graph requires.
     """
     # It must mirror GPT.hidden_states, Block.forward and CausalSelfAttention.forward, which know no
     # cache; tests/test_sampling.py compares the logits. The layers are the model's own modules:
@@ -335,7 +337,9 @@ def capture_cuda_graph(step: Callable[..., Tensor], *inputs: Tensor) -> Callable
     """
     # A graph reads and writes fixed addresses, so each call copies its inputs to these.
     fixed_inputs = [x.clone() for x in inputs]
-    step(*fixed_inputs)  # loads the kernels, which must not happen during the capture
+    # Kernels must not be loaded during the capture. To run the step twice is harmless: it writes
+    # the same to the same places of the cache.
+    step(*fixed_inputs)
     graph = torch.cuda.CUDAGraph()
     # Other threads, such as the loader's or NCCL's, may use the device meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -374,7 +378,7 @@ def sample_next_token(
     if options.top_p is not None:
         before = p.cumsum(dim=-1) - p  # total probability of the more likely tokens
         p = p.masked_fill(before >= options.top_p, 0)
-    # argmax(p / e) with exponentially distributed e is distributed as p, and unlike
+    # The Gumbel-max trick: argmax(p / e) with e ~ Exp(1) is a draw from p, and unlike
     # torch.multinomial it does not make the host wait for the device.
     exponential = -uniform.gather(1, ids).log()
     column = (p / exponential).argmax(dim=-1, keepdim=True)  # (B, 1)
@@ -382,10 +386,10 @@ def sample_next_token(
 
 
 class Sampler:
-    """Draws samples of a model. Its weights, cache and CUDA graph serve one sample after another.
+    """Samples from a model, reusing its copy of the weights, its cache and its CUDA graph.
 
-    Computes in ``dtype``, by default that of the weights. Call ``update`` when those have changed.
-    There is one cache: finish or drop a stream before the next.
+    Computes in ``dtype``, by default that of the weights. Call ``update`` after the weights have
+    changed. All streams share one cache: finish or drop a stream before the next.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype | None = None, int8: bool = False) -> None:
@@ -393,7 +397,7 @@ class Sampler:
         self.dtype = dtype or model.lm_head.weight.dtype
         self.int8 = int8
         self.use_graph = model.lm_head.weight.device.type == "cuda"
-        self._rows = 0  # that the prepared model is for; 0: there is none
+        self._rows = 0  # batch size of the prepared model; 0: it must be made again
         self._cache: Tensor | None = None
         self._replay: Callable[..., Tensor] | None = None
 
@@ -401,16 +405,16 @@ class Sampler:
     def update(self) -> None:
         """Take the model's weights as they are now."""
         if self._replay is None:
-            self._rows = 0
+            self._rows = 0  # makes _prepare copy, pack or quantize the weights again
             return
-        # Captured once for all samples, since a capture empties the allocator's cache, which the
-        # next training step would fill again. The graph reads its weights at fixed addresses.
+        # Keep the graph and overwrite the weights at the addresses that it reads: another capture
+        # would empty the allocator's cache, which the next training step would have to fill again.
         for copied, p in zip(self._copies, self.model.parameters(), strict=True):
             copied.copy_(p)
 
     @torch.inference_mode()
     def _prepare(self, rows: int, places: int) -> Tensor:
-        """Make the prepared model and return the cache, unless those of the last sample fit."""
+        """The cache, made again, like the prepared model, only where its size has changed."""
         c = self.model.config
         if rows != self._rows:
             self._prepared, self._copies = prepare_for_decoding(
@@ -422,6 +426,7 @@ class Sampler:
         if self._cache is None or self._cache.shape != shape:
             self._cache = self._prepared.transformer.wte.weight.new_zeros(shape)
             self._replay = None
+        self._cache.zero_()  # a masked place has weight 0, but 0 times a NaN left there is NaN
         return self._cache
 
     def stream(self, idx: Tensor, options: SamplingOptions) -> Iterator[Tensor]:
@@ -490,7 +495,7 @@ class Sampler:
 
 
 def stream_text(tokens: Iterable[int]) -> Iterator[str]:
-    """The text of each token up to <|endoftext|>; part of a character waits for its end."""
+    """The text of each token up to <|endoftext|>; an incomplete UTF-8 character is held back."""
     # A token may end within a character's UTF-8 bytes; the incremental decoder keeps those.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
@@ -544,7 +549,7 @@ def main() -> None:
         int8 = config.quantize == "int8"
         model = GPT.from_pretrained(find_checkpoint(config.checkpoint)).to(device)
         if config.loss:
-            if int8:  # of the very weights that samples are drawn with
+            if int8:  # the weights that samples in fp32 are drawn with
                 model, _ = prepare_for_decoding(model, 1, torch.float32, int8)
             report_loss(config, model, device, dtype)
             return

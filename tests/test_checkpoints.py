@@ -357,7 +357,7 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     state = checkpoint.TrainingState(3, {}, torch.get_rng_state(), {}, 0.0, 0, [])
     waits: list[int] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(1))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     writer = checkpoint.Writer(tmp_path, keep=0)
     writer.start(model, state)
