@@ -192,7 +192,17 @@ class MetricsLogger:
         )
 
     def start(
-        self, step: int, config: dict[str, Any], tensorboard: bool, wandb: bool, **facts: Any
+        self,
+        step: int,
+        config: dict[str, Any],
+        tensorboard: bool,
+        wandb: bool,
+        dataset: str = "",  # what the names of the shards begin with
+        parameters: int = 0,
+        device: str = "",  # the name of its model
+        world_size: int = 1,
+        dtype: str = "",
+        resumed_from: str | None = None,  # the name of the checkpoint's folder
     ) -> None:
         """Report that a process starts at ``step``, with its configuration, and start trackers."""
         if not self.enabled:
@@ -205,7 +215,17 @@ class MetricsLogger:
             "numpy": np.__version__,
             "cuda": torch.version.cuda,
         }
-        row = {"config": config, **facts, "versions": versions, "git_commit": git_commit()}
+        row = {
+            "config": config,
+            "dataset": dataset,
+            "parameters": parameters,
+            "device": device,
+            "world_size": world_size,
+            "dtype": dtype,
+            "resumed_from": resumed_from,
+            "versions": versions,
+            "git_commit": git_commit(),
+        }
         self.write("run", step, row)
         # After that line, whose numbers are facts about the run and not curves.
         if tensorboard:
