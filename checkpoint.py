@@ -7,7 +7,10 @@ weights are safetensors, and the state is read with ``weights_only=True``. Train
 ``Writer`` has copied the run to host memory: a thread writes the copy.
 """
 
+from common import first_line, fsync, read_json, require_regular_file
+
 import json
+import math
 import re
 import shutil
 import signal
@@ -15,18 +18,19 @@ import sys
 import time
 import warnings
 import zlib
+from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 import dataset
-from common import fsync
-from model import GPT
+from model import GPT, is_finite
 
 STATE_FILE = "training_state.pt"
 CHECKSUMS_FILE = "checksums.json"
@@ -40,7 +44,7 @@ IGNORED_SETTINGS = ("resume", "log_dir")
 class TrainingState:
     """What a run needs besides the weights to continue as if it had never stopped."""
 
-    step: int
+    step: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
     """Optimizer updates made so far."""
     optimizer: dict[str, Any]
     """The optimizer's state_dict."""
@@ -50,7 +54,7 @@ class TrainingState:
     """The run's configuration, as in metrics.jsonl, and the fingerprint of its data."""
     best_val: float
     """Lowest validation loss so far."""
-    skipped: int
+    skipped: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
     """Updates skipped in a row because the gradient was not finite."""
     losses: list[float]
     """The most recent training losses, for the z-score."""
@@ -61,8 +65,26 @@ class TrainingState:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "TrainingState":
-        """The inverse of ``state_dict``. Raises KeyError when a field is missing."""
-        return cls(**{field.name: state[field.name] for field in fields(cls)})
+        """The inverse of ``state_dict``. Raises ValueError that names a part that is not valid."""
+        if not isinstance(state, dict):
+            raise ValueError(f"Expected `object`, got `{type(state).__name__}`")
+        result = msgspec.convert(state, cls)  # checks the types of the fields; ValueError if not
+        if math.isnan(result.best_val):
+            raise ValueError("NaN - at `$.best_val`")
+        try:
+            json.dumps(result.settings)  # plain data that can be compared and shown
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"{first_line(error)} - at `$.settings`") from None
+        try:
+            torch.Generator().set_state(result.rng)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{first_line(error)} - at `$.rng`") from None
+        if not {"state", "param_groups"} <= set(result.optimizer):
+            raise ValueError("not an optimizer's state - at `$.optimizer`")
+        # AdamW without its moments would take other steps, without a word.
+        if result.step > 0 and not result.optimizer["state"]:
+            raise ValueError("empty although updates were made - at `$.optimizer.state`")
+        return result
 
 
 class StopSignal:
@@ -73,9 +95,11 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name = ""  # of the signal that was received
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows lacks the last two
             # nohup has SIGHUP ignored, so that a run survives the end of its terminal.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            ignored = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
+            if number and not ignored:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -89,15 +113,16 @@ class StopSignal:
 
 def list_checkpoints(log_dir: Path) -> list[Path]:
     """The checkpoints in a log folder, newest first."""
-    found = [path for path in log_dir.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    found = [path for path in log_dir.glob("step_*") if _step_of_name(path) is not None]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
-def find_checkpoint(source: str | Path) -> str | Path:
+def find_checkpoint(source: str | Path, check: bool = False) -> str | Path:
     """What ``GPT.from_pretrained`` reads for a checkpoint folder, a log folder or a hub id.
 
-    Of a log folder that is its newest checkpoint; everything else is returned as it is. Raises
-    FileNotFoundError for a folder that holds no model.
+    Of a log folder that is its newest checkpoint, with ``check`` the newest whose model is not
+    damaged; everything else is returned as it is. Raises FileNotFoundError for a folder that holds
+    no model, and ValueError when all checkpoints are damaged.
     """
     folder = Path(source)
     if not folder.is_dir() or (folder / "config.json").is_file():
@@ -105,7 +130,29 @@ def find_checkpoint(source: str | Path) -> str | Path:
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         raise FileNotFoundError(f"{source}: no config.json and no step_* checkpoint in it")
-    return checkpoints[0]
+    if not check:
+        return checkpoints[0]
+    for checkpoint in checkpoints:
+        damage = _model_damage(checkpoint) or _misnamed(checkpoint)
+        if damage is None:
+            return checkpoint
+        print(f"{checkpoint}: damaged ({damage}); trying the one before", file=sys.stderr)
+    raise ValueError(f"{source}: no valid checkpoint; --no-verify reads the newest as it is")
+
+
+def open_checkpoint(source: str, verify: bool) -> GPT:
+    """The model of a checkpoint folder, a log folder or a hub id, on the CPU in fp32.
+
+    With ``verify`` its files are compared with checksums.json, where there is one. Raises
+    ValueError when they are damaged, FileNotFoundError when there is no model.
+    """
+    found = find_checkpoint(source, check=verify)
+    # Without config.json there is nothing to read, which from_pretrained says better.
+    if verify and found == source and (Path(found) / "config.json").is_file():
+        damage = _model_damage(Path(found))
+        if damage is not None:
+            raise ValueError(f"{found}: damaged ({damage}); --no-verify reads it nevertheless")
+    return GPT.from_pretrained(found)
 
 
 def latest_valid(log_dir: Path) -> Path | None:
@@ -116,7 +163,7 @@ def latest_valid(log_dir: Path) -> Path | None:
     """
     checkpoints = list_checkpoints(log_dir)
     for folder in checkpoints:
-        damage = verify(folder)
+        damage = verify(folder) or _misnamed(folder)
         if damage is None:
             return folder
         print(f"{folder}: damaged ({damage}); trying the one before", file=sys.stderr)
@@ -130,18 +177,63 @@ def latest_valid(log_dir: Path) -> Path | None:
 def verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None when they match their checksums."""
     try:
-        checksums = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
-        if not isinstance(checksums, dict):
-            return f"{CHECKSUMS_FILE} is not a JSON object"
+        checksums = _read_checksums(folder)
         # An incomplete list would let a folder without weights pass.
         if not {STATE_FILE, "model.safetensors", "config.json"} <= set(checksums):
             return f"{CHECKSUMS_FILE} does not list all files"
-        for name, expected in checksums.items():
-            if _checksum(folder / name) != expected:
-                return f"{name} does not match its checksum"
+        return _mismatch(folder, checksums)
     except (OSError, ValueError) as error:
         return str(error)
+
+
+def _model_damage(folder: Path) -> str | None:
+    """Like ``verify`` for the files of the model, which may have been copied without the rest."""
+    if not (folder / CHECKSUMS_FILE).exists():
+        return None if (folder / "config.json").exists() else "no config.json"
+    try:
+        checksums = _read_checksums(folder)
+        if not {"model.safetensors", "config.json"} <= set(checksums):
+            return f"{CHECKSUMS_FILE} does not list all files"
+        checksums.pop(STATE_FILE, None)
+        return _mismatch(folder, checksums)
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def _read_checksums(folder: Path) -> dict[str, list[int]]:
+    """Each file's size and CRC-32. Raises ValueError when a name leads out of the folder."""
+    checksums = read_json(folder / CHECKSUMS_FILE, dict[str, list[int]])
+    for name in checksums:
+        if name in ("", ".", "..") or not set(name).isdisjoint("/\\\0"):
+            raise ValueError(f"{CHECKSUMS_FILE} names {name!r}, which is not a file of this folder")
+    return checksums
+
+
+def _mismatch(folder: Path, checksums: dict[str, list[int]]) -> str | None:
+    """Which of the files does not match, or None."""
+    for name, expected in checksums.items():
+        require_regular_file(folder / name)
+        if _checksum(folder / name) != expected:
+            return f"{name} does not match its checksum"
     return None
+
+
+def _step_of_name(folder: Path) -> int | None:
+    """The step in a checkpoint's name; None when it is not the name of one."""
+    match = re.fullmatch(r"step_([0-9]+)", folder.name)
+    return int(match[1]) if match else None
+
+
+def _misnamed(folder: Path) -> str | None:
+    """That a checkpoint's folder is named after another step, as a renamed or copied one is."""
+    try:
+        require_regular_file(folder / STATE_FILE)
+        # With mmap the tensors are not read. What is wrong with the file is load_state's to say.
+        step = _read_state(folder, mmap=True)["step"]
+    except Exception:
+        return None
+    name_step = _step_of_name(folder)
+    return f"it is of step {step}" if name_step is not None and step != name_step else None
 
 
 def contains_run(log_dir: Path) -> bool:
@@ -252,6 +344,11 @@ def save(log_dir: Path, model: GPT, state: TrainingState, keep: int) -> Path:
     """
     final = log_dir / f"step_{state.step:06d}"
     partial = log_dir / f".partial_{final.name}"
+    # Neither could be read again, and old checkpoints are deleted for a new one.
+    tensors = {"model": dict(model.named_parameters()), "optimizer": state.optimizer}
+    for name, tensor in _tensors(tensors):
+        if not is_finite(tensor):
+            raise OSError(f"{final} was not written: {name} is not finite")
     for stale in log_dir.glob(".partial_*"):  # left by a process that was killed
         shutil.rmtree(stale, ignore_errors=True)
     try:
@@ -269,6 +366,15 @@ def save(log_dir: Path, model: GPT, state: TrainingState, keep: int) -> Path:
     if keep:
         _prune(log_dir, newest=final, keep=keep)
     return final
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dicts, with the path of their keys."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _tensors(entry, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, Tensor):
+        yield name, value
 
 
 def _write_files(folder: Path, model: GPT, state: TrainingState) -> None:
@@ -328,19 +434,105 @@ def _checksum(path: Path) -> list[int]:
 def load_state(folder: Path) -> TrainingState:
     """A checkpoint's training state, on the CPU.
 
-    Raises ValueError when the file is not one, or contains anything but plain data.
+    Raises ValueError when the file is not one, or contains anything but plain data. The optimizer's
+    tensors are ``load_optimizer``'s to check.
     """
+    path = folder / STATE_FILE
+    remedy = f"delete {folder} to resume from the checkpoint before"
     try:
-        # weights_only: a state is plain data, and a pickle in its place must not run code.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-        return TrainingState.from_state_dict(state)
+        require_regular_file(path)
+        content = _read_state(folder)
     except Exception as error:  # torch's own message recommends weights_only=False
         raise ValueError(
-            f"{folder / STATE_FILE}: not a training state, or one that would run code when loaded;"
-            f" delete {folder} to resume from the checkpoint before"
+            f"{path}: not a training state, or one that would run code when loaded; {remedy}"
         ) from error
+    try:
+        state = TrainingState.from_state_dict(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a training state: {first_line(error)}; {remedy}") from None
+    if _step_of_name(folder) not in (None, state.step):
+        raise ValueError(f"{path}: of step {state.step}, not of its folder's; {remedy}")
+    return state
+
+
+def _read_state(folder: Path, mmap: bool = False) -> Any:
+    """What the file of the training state holds, on the CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # weights_only: a state is plain data, and a pickle in its place must not run code.
+        return torch.load(
+            str(folder / STATE_FILE), map_location="cpu", weights_only=True, mmap=mmap
+        )
+
+
+def load_model(model: GPT, folder: Path) -> None:
+    """Copy a checkpoint's weights into the parameters, which stay where they are.
+
+    Raises ValueError when they are damaged or of another shape.
+    """
+    saved = GPT.from_pretrained(folder)
+    if saved.config != model.config:
+        raise ValueError(
+            f"{folder}/config.json: the model is {saved.config}, not {model.config} as in"
+            f" {STATE_FILE}; delete {folder} to resume from the checkpoint before"
+        )
+    model.load_state_dict(saved.state_dict())
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], folder: Path = Path()
+) -> None:
+    """Load the moments of a saved AdamW; its options (weight decay, betas, eps) stay as they are.
+
+    Raises ValueError, and changes nothing, when a tensor does not fit its parameter: the fused
+    kernel would read and write beyond it. ``folder`` is the checkpoint that the message names.
+    """
+    path = folder / STATE_FILE
+    own = optimizer.state_dict()
+    groups = state_dict.get("param_groups")
+    states = state_dict.get("state")
+    indices = [group["params"] for group in own["param_groups"]]
+    if (
+        not isinstance(groups, list)
+        or not all(isinstance(group, dict) for group in groups)
+        or [group.get("params") for group in groups] != indices
+    ):
+        raise ValueError(f"{path}: the optimizer's groups are not those of this model")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # A state that is empty is one before the first update.
+    if not isinstance(states, dict) or (states and set(states) != set(range(len(parameters)))):
+        raise ValueError(f"{path}: the optimizer's state is not that of this model")
+    for index in states:
+        problem = _moments_problem(states[index], parameters[index])
+        if problem:
+            raise ValueError(f"{path}: optimizer.state[{index}]{problem}")
+    # With the new options in place of those saved, an option that was changed takes effect.
+    optimizer.load_state_dict({"state": states, "param_groups": own["param_groups"]})
+
+
+def _moments_problem(state: object, parameter: Tensor) -> str:
+    """Why this cannot be AdamW's state of the parameter, or "" when it can."""
+    moments = ("exp_avg", "exp_avg_sq")
+    if not isinstance(state, dict) or set(state) != {"step", *moments}:
+        return " is not a state of AdamW"
+    for name, value in state.items():
+        shape = parameter.shape if name in moments else torch.Size()
+        dtype = parameter.dtype if name in moments else torch.float32
+        if not isinstance(value, Tensor) or value.is_nested:  # which has no shape
+            return f".{name} is not a tensor"
+        if value.shape != shape or value.dtype != dtype:
+            return (
+                f".{name} is of shape {tuple(value.shape)} and {value.dtype}, its parameter of"
+                f" {tuple(shape)} and {dtype}"
+            )
+        # A sparse or broadcast tensor holds less memory than its shape says.
+        if value.layout != torch.strided or value.is_meta or not value.is_contiguous():
+            return f".{name} is not a plain tensor"
+        if not is_finite(value):
+            return f".{name} is not finite"
+        if name != "exp_avg" and value.min() < 0:
+            return f".{name} is negative"
+    return ""
 
 
 def compare_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:
@@ -353,15 +545,39 @@ def compare_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -
     for name, value in now.items():
         if name in IGNORED_SETTINGS or saved.get(name) == value:
             continue
+        # Of a damaged file it may be of any length.
+        change = f"{name} was {' '.join(str(saved.get(name)).split())[:300]}, is now {value}"
         if name == "data":  # hundreds of names and sizes: no message could show them
-            refused.append("the training shards are not the same")
+            difference = _data_difference(saved.get(name), value)
+            if difference:
+                refused.append(f"the training shards are not the same ({difference})")
         elif name in FIXED_SETTINGS:
-            refused.append(f"{name} was {saved.get(name)}, is now {value}")
+            refused.append(change)
         else:
-            changes.append(f"{name} was {saved.get(name)}, is now {value}")
+            changes.append(change)
     if refused:
         raise ValueError(
             f"{folder} belongs to another run: {'; '.join(refused)};"
             " use the saved settings, or a new --log-dir"
         )
     return changes
+
+
+def _data_difference(saved: Any, now: list[list[str | int]]) -> str:
+    """How the shards of a checkpoint differ from those of today, or "" when they are the same.
+
+    Both are lists of name, tokens and digest. A checkpoint of an older version lists the training
+    shards only, and without the digest.
+    """
+    if not isinstance(saved, list) or not all(
+        isinstance(entry, (list, tuple)) and len(entry) >= 2 for entry in saved
+    ):
+        return "the checkpoint does not list them"
+    if all(len(entry) == 2 for entry in saved):
+        now = [entry[:2] for entry in now if not re.search(r"_val_\d+\.npy$", str(entry[0]))]
+    if len(saved) != len(now):
+        return f"{len(saved)} then, {len(now)} now"
+    for then, entry in zip(saved, now, strict=True):
+        if list(then) != entry:
+            return f"{entry[0]} has changed" if then[0] == entry[0] else f"{entry[0]} is new"
+    return ""

@@ -11,6 +11,7 @@ micro-batch, and resuming at step s needs no state but s.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import queue
 import threading
@@ -22,11 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import dataset
+
 # Four rounds of a good mixer are pseudo-random (Luby & Rackoff 1988); six cost little more.
 # A change of this number would send every resumed run to other data.
 FEISTEL_ROUNDS = 6
 # What ``check_tokens`` reads at once: 2 MiB, which stay in the cache until their maximum is known.
 CHECK_TOKENS = 1 << 20
+# What tells a shard without an index from another of its size: blocks of 8 KiB at 16 places.
+DIGEST_PLACES = 16
+DIGEST_TOKENS = 4096
 
 # ---- the order of the windows --------------------------------------------------------------------
 
@@ -130,7 +136,7 @@ class TokenDataset:
         if len(names) > 1:
             raise ValueError(f"{folder}: shards of several data sets ({', '.join(names)})")
         self.name = names[0]
-        self.shards = [ShardInfo.read(path) for path in self.paths]
+        self.shards = [dataset.read_shard_header(path) for path in self.paths]
         counts = [(shard.tokens - 1) // context_length for shard in self.shards]
         if sum(counts) == 0:
             raise ValueError(
@@ -179,8 +185,33 @@ class TokenDataset:
         return not thread.is_alive()
 
     def fingerprint(self) -> list[list[str | int]]:
-        """Each shard's name and tokens: a run can only be resumed on shards that have the same."""
-        return [[p.name, s.tokens] for p, s in zip(self.paths, self.shards, strict=True)]
+        """Each shard's name, tokens and digest: a run can only be resumed on the same shards.
+
+        The digest is the SHA-256 in index.json. A shard that is in no index is read at fixed
+        places, as reading all of it would take minutes.
+
+        Raises ValueError for an index.json that is damaged.
+        """
+        indexes = dataset.read_indexes(self.paths[0].parent).values()
+        known = {
+            (record.file, record.tokens): record.sha256
+            for index in indexes
+            for record in index.shards
+        }
+        entries: list[list[str | int]] = []
+        for number, (path, shard) in enumerate(zip(self.paths, self.shards, strict=True)):
+            digest = known.get((path.name, shard.tokens)) or self._digest_of_places(number)
+            entries.append([path.name, shard.tokens, digest])
+        return entries
+
+    def _digest_of_places(self, shard: int) -> str:
+        # Of blocks all over the shard, its beginning and its end included.
+        tokens = self.shards[shard].tokens
+        length = min(tokens, DIGEST_TOKENS)
+        starts = np.linspace(0, tokens - length, num=DIGEST_PLACES, dtype=np.int64).tolist()
+        rows = np.empty((len(starts), length), dtype="<u2")
+        self._read(shard, starts, list(rows))
+        return hashlib.sha256(rows.data).hexdigest()
 
     def windows(self, indices: np.ndarray) -> np.ndarray:
         """The windows ``indices`` (B,): (B, T + 1) uint16.
@@ -213,30 +244,6 @@ class TokenDataset:
                 unchanged = unchanged and file.readinto(row.data) == row.nbytes
         if not unchanged:
             raise FileNotFoundError(f"{path}: the shard was removed or changed during the run")
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """What its header and the file system say about a shard."""
-
-    tokens: int
-    header_size: int  # bytes
-    file_size: int  # bytes
-
-    @classmethod
-    def read(cls, path: Path) -> ShardInfo:
-        """Raises ValueError when the file is damaged or not a 1-D uint16 array."""
-        try:
-            # The map is gone when this returns. It makes NumPy compare the header with the file's
-            # size without reading the tokens. A pickle could run code.
-            shard = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(
-                f"{path} is not a valid .npy file (truncated?): {error}; write it again"
-            ) from error
-        if not isinstance(shard, np.memmap) or shard.dtype != np.uint16 or shard.ndim != 1:
-            raise ValueError(f"{path}: not a 1-D uint16 array; shards come from dataset.py")
-        return cls(len(shard), header_size=shard.offset, file_size=path.stat().st_size)
 
 
 # ---- batches -------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ machine, or how often the run was killed. The same command again continues after
 
 from __future__ import annotations
 
+import common
+from common import END_OF_TEXT, Bounds, first_line
+
 import ast
 import contextlib
 import copy
@@ -23,6 +26,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import sysconfig
 import threading
@@ -32,16 +36,15 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import filelock
+import msgspec
 import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks, read_file_cached
 from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
-
-import common
-from common import END_OF_TEXT, first_line
 
 DELIMITER = "<|endoftext|>"
 HUB_DATASET = "HuggingFaceFW/fineweb-edu"
@@ -52,6 +55,13 @@ SHARD_SIZE = 100_000_000
 # Bytes of text that one thread reads: seconds of work, so that opening the file costs little in
 # comparison, but small enough to have several in memory.
 CHUNK_BYTES = 64 << 20
+WHOLE_DIGEST_BYTES = 1_000_000_000  # files below this are digested whole: a second on one core
+DIGEST_PIECES = 1024  # of a larger one
+DIGEST_PIECE_BYTES = 64 << 10
+CHECK_PROCESSES = min(8, os.cpu_count() or 1)  # that read local Parquet files before any work
+MAX_HEADER = 4096  # bytes of a shard's header; NumPy writes 128
+BLOCK_TOKENS = 1 << 20  # of a shard that is verified, in memory at once
+LOCK_SECONDS = 30.0  # to wait for another machine that is about to begin, which takes moments
 BATCH_DOCUMENTS = 128  # in one call of the tokenizer, which makes the cost of the call negligible
 RETRY_PAUSES = (1, 4, 15, 40)  # seconds, on top of huggingface_hub's own retries of a request
 
@@ -72,20 +82,24 @@ class DatasetConfig:
     """Commit, branch or tag of FineWeb-Edu. Default: the one in index.json, else the newest."""
     data_dir: Path = Path("edu_fineweb10B")
     """The folder of the shards and their index.json."""
-    shard_size: int | None = None
+    shard_size: Annotated[int | None, Bounds(1, 2**31)] = None
     """Tokens in a shard. Default: 100,000,000, or about a tenth of a small source."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int | None, Bounds(1, 2**62)] = None
     """Stop after this many tokens. Several machines divide them equally."""
-    workers: int = os.cpu_count() or 1
+    workers: Annotated[int, Bounds(1, 1024)] = os.cpu_count() or 1
     """Cores to tokenize on. Default: all of them."""
     verify: bool = False
     """Write nothing, but check every shard in --data-dir and report the bad ones."""
 
     def validate(self) -> list[str]:
         """Every problem of these options, one message each."""
-        limits = [("shard_size", self.shard_size), ("max_tokens", self.max_tokens)]
-        limits.append(("workers", self.workers))
-        return [f"{name} {n} must be at least 1" for name, n in limits if n is not None and n < 1]
+        problems = common.check_options(self)
+        if self.source != "fineweb-edu" and not self.verify:
+            if self.revision is not None:
+                problems.append(f"revision is FineWeb-Edu's, and the source is {self.source}")
+            if self.name != "sample-10BT":
+                problems.append(f"name is a part of FineWeb-Edu, and the source is {self.source}")
+        return problems
 
 
 # ---- sources -------------------------------------------------------------------------------------
@@ -115,6 +129,9 @@ def open_source(config: DatasetConfig, revision: str | None) -> tuple[str, str, 
         chunk = Chunk("stdlib", start=0, stop=len(documents), size=size)
         return f"stdlib of Python {sys.version.split()[0]}", digest, [chunk]
     if config.source == "fineweb-edu":
+        common.prepare_hub()
+        if common.hub_problem():
+            raise ConnectionError(f"cannot read the source: {common.hub_problem()}")
         import datasets
 
         load = datasets.load_dataset_builder
@@ -123,7 +140,13 @@ def open_source(config: DatasetConfig, revision: str | None) -> tuple[str, str, 
         pinned = paths[0].split("@")[1].split("/")[0]
         name = f"{HUB_DATASET} {config.name}"
     else:
-        paths, pinned = _local_files(Path(config.source))
+        files = _local_files(Path(config.source))
+        pinned = _digest(files, Path(config.source), config.workers)
+        if revision is not None and revision == _old_digest(files, Path(config.source)):
+            pinned = revision  # the folder was begun by an earlier version
+        if pinned != revision:  # otherwise they were found good when the folder was begun
+            check_parquet([str(file) for file in files if file.suffix == ".parquet"])
+        paths = [str(file) for file in files]
         name = f"{len(paths)} files"
     # Many footers at once, since a hub takes long for each.
     with ThreadPoolExecutor(16) as pool:
@@ -131,32 +154,115 @@ def open_source(config: DatasetConfig, revision: str | None) -> tuple[str, str, 
     return name, pinned, chunks
 
 
-def _local_files(path: Path) -> tuple[list[str], str]:
-    # The files in order, and a digest of their names, sizes and last 64 KiB. The end is enough: in
-    # Parquet the footer is there, and changes with anything before it.
+def _local_files(path: Path) -> list[Path]:
+    # In order. A folder that cannot be listed is an error: its texts would be missing silently.
     if not path.exists():
         raise FileNotFoundError(f"--source {path}: give fineweb-edu, stdlib or an existing path")
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [path]
+    if path.is_dir():
+
+        def fail(error: OSError) -> None:
+            raise error
+
+        walk = os.walk(path, onerror=fail)
+        found = sorted(Path(folder, name) for folder, _, names in walk for name in names)
     files = [file for file in found if file.suffix in SUFFIXES and file.name[0] != "."]
     if not files:
         raise ValueError(f"--source {path} has no file that ends in {', '.join(SUFFIXES)}")
+    for file in files:
+        common.require_regular_file(file)
+        if file.stat().st_size == 0:
+            raise ValueError(f"{file} is empty: remove it or download it again")
+    return files
+
+
+def _digest(files: list[Path], root: Path, workers: int) -> str:
+    # Of the files' names, sizes and content.
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(workers) as pool:
+        for file, content in zip(files, pool.map(_content_digest, files), strict=True):
+            name = os.path.relpath(file, root)
+            digest.update(f"{name}\0{file.stat().st_size}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _content_digest(file: Path) -> bytes:
+    # Of the whole file where that takes seconds, and otherwise of pieces all over it.
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        if size < WHOLE_DIGEST_BYTES:
+            return hashlib.file_digest(opened, "sha256").digest()
+        digest = hashlib.sha256()
+        for i in range(DIGEST_PIECES):
+            opened.seek(max(0, size - DIGEST_PIECE_BYTES) * i // (DIGEST_PIECES - 1))
+            digest.update(opened.read(DIGEST_PIECE_BYTES))
+    return digest.digest()
+
+
+def _old_digest(files: list[Path], root: Path) -> str:
+    # What earlier versions wrote into index.json: of names, sizes and the last 64 KiB.
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
-        if size == 0:
-            raise ValueError(f"{file} is empty: remove it or download it again")
-        digest.update(f"{os.path.relpath(file, path)}\0{size}\0".encode())
+        digest.update(f"{os.path.relpath(file, root)}\0{size}\0".encode())
         with file.open("rb") as opened:
             opened.seek(max(0, size - (64 << 10)))
             digest.update(opened.read())
-    return [str(file) for file in files], digest.hexdigest()
+    return digest.hexdigest()
+
+
+# A damaged or encrypted file can end the process that reads it with pyarrow, so another process
+# reads all of it first. It prints a file's number before it, so that the last one is the culprit.
+PARQUET_CHECK = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import dataset
+paths = os.fsdecode(sys.stdin.buffer.read())
+for number, path in enumerate(paths.split("\\0")):
+    print(number, flush=True)
+    try:
+        for chunk in dataset._chunks_of_file(path):
+            for document in dataset.read_chunk(chunk):
+                pass
+    except Exception:
+        pass  # this process can tell what is wrong, by an exception
+"""
+
+
+def check_parquet(paths: list[str]) -> None:
+    """Raise ValueError that names a local Parquet file whose reading would end this process."""
+    parts = [part for i in range(CHECK_PROCESSES) if (part := paths[i::CHECK_PROCESSES])]
+    # -P: no module from the folder where the user happens to be.
+    command = [sys.executable, "-P", "-c", PARQUET_CHECK, str(Path(__file__).parent)]
+
+    def start() -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+
+    def ask(process: subprocess.Popen[bytes], part: list[str]) -> bytes:
+        return process.communicate(os.fsencode("\0".join(part)))[0]
+
+    processes = [start() for _ in parts]
+    with ThreadPoolExecutor(CHECK_PROCESSES) as pool:
+        try:
+            answers = pool.map(ask, processes, parts)
+            for process, part, answer in zip(processes, parts, answers, strict=True):
+                if process.returncode != 0 and answer.split():
+                    raise ValueError(
+                        f"{part[int(answer.split()[-1])]} is not a valid Parquet file: reading it"
+                        " ends the process; remove it or download it again"
+                    )
+        finally:  # before the pool, which waits for its threads and so for the processes
+            for process in processes:
+                process.kill()
 
 
 def _chunks_of_file(path: str) -> list[Chunk]:
     chunks = []
     start = 0
     if path.endswith(".parquet"):
-        footer = with_retries(lambda: _parquet_footer(path))
+        is_remote = path.startswith("hf://")
+        footer = with_retries(lambda: _parquet_footer(path)) if is_remote else _parquet_footer(path)
         columns = [footer.schema.column(i).path for i in range(footer.num_columns)]
         text = columns.index(COLUMN)
         size = 0
@@ -184,7 +290,11 @@ def _parquet_footer(path: str) -> Any:
 
     try:
         file = pq.ParquetFile(_open_parquet(path))
-    except ValueError as error:  # the base class of pyarrow's ArrowInvalid
+    except Exception as error:  # a damaged footer raises any of Python's and pyarrow's classes
+        if path.startswith("hf://") and not isinstance(error, ValueError):
+            raise  # the network failed: worth another attempt
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk
         raise ValueError(
             f"{path} is not a valid Parquet file (truncated?), remove it or download it again:"
             f" {first_line(error)}"
@@ -193,7 +303,14 @@ def _parquet_footer(path: str) -> Any:
     if types.get(COLUMN) not in ("string", "large_string"):
         found = ", ".join(f"{name} ({kind})" for name, kind in types.items())
         raise ValueError(f"{path} has no column `{COLUMN}` of strings; its columns are {found}")
-    return file.metadata
+    metadata = file.metadata
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
+        raise ValueError(
+            f"{path} is not a valid Parquet file: {metadata.num_rows} rows, but {sum(groups)} in"
+            " its row groups; remove it or download it again"
+        )
+    return metadata
 
 
 def _open_parquet(path: str) -> Any:
@@ -277,6 +394,7 @@ def _read_parquet(chunk: Chunk) -> Iterator[str | None]:
 
     footer = _parquet_footer(chunk.path)
     row = sum(footer.row_group(group).num_rows for group in range(chunk.start))
+    end = sum(footer.row_group(group).num_rows for group in range(chunk.stop))
     groups = range(chunk.start, chunk.stop)
     try:
         # pre_buffer fetches the next row group while this one is tokenized.
@@ -285,10 +403,14 @@ def _read_parquet(chunk: Chunk) -> Iterator[str | None]:
             for value in batch.column(0):
                 yield value.as_py()
                 row += 1
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and chunk.path.startswith("hf://"):
+    except Exception as error:  # a damaged file raises any of Python's and pyarrow's classes
+        if chunk.path.startswith("hf://") and not isinstance(error, ValueError):
             raise  # the network failed and not the file: worth another attempt
         raise ValueError(f"{chunk.path}: cannot read row {row}: {first_line(error)}") from error
+    if row != end:
+        raise ValueError(
+            f"{chunk.path}: cannot read row {row}: there should be {end}; it is damaged"
+        )
 
 
 def _read_jsonl(chunk: Chunk) -> Iterator[str | None]:
@@ -300,11 +422,13 @@ def _read_jsonl(chunk: Chunk) -> Iterator[str | None]:
             file.readline()
         while (offset := file.tell()) < chunk.stop:
             line = file.readline()
+            if not line:
+                raise ValueError(f"{chunk.path} was cut short while it was read")
             try:
                 text = json.loads(line)[COLUMN] if line.strip() else None
                 if not isinstance(text, str | None):
                     raise TypeError(f"not {text!r:.40}")
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 # Lines are counted only now: a chunk does not know how many came before it.
                 file.seek(0)
                 row = file.read(offset).count(b"\n") + 1
@@ -371,19 +495,40 @@ def encode(texts: list[str], tokenizer: tiktoken.Encoding | None = None) -> np.n
     if joined.count(DELIMITER) == len(texts):
         with contextlib.suppress(ValueError):
             return tokenizer.encode_to_numpy(joined, allowed_special="all").astype(np.uint16)
-    return np.concatenate([_encode_unusual(text, tokenizer) for text in texts])
+    delimiter = np.array([END_OF_TEXT], dtype=np.uint16)
+    parts = [part for text in texts for part in (delimiter, *_encode_pieces(text, tokenizer))]
+    return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
 
 
-def _encode_unusual(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
+def encode_ordinary(text: str) -> list[int]:
+    """The tokens of any text, such as a prompt; `<|endoftext|>` in it is ordinary text."""
+    return [token for part in _encode_pieces(text, get_tokenizer()) for token in part.tolist()]
+
+
+# GPT-2's blanks: Unicode's, to which Python adds four control characters. The look-behind makes
+# the search linear: a run is looked at once, and not once from each of its characters.
+BLANK = r"[^\S\x1c-\x1f]"
+LONG_BLANKS = re.compile(rf"(?<!{BLANK}){BLANK}{{65536,}}")
+
+
+def _encode_pieces(text: str, tokenizer: tiktoken.Encoding) -> list[np.ndarray]:
     # For a text that contains the delimiter, which is encoded as ordinary characters, and for the
     # two kinds of text that tiktoken refuses. JSON can hold half a surrogate pair, which UTF-8
     # cannot: it becomes U+FFFD, as in tiktoken's own `encode`.
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     # A megabyte of blanks overflows the stack of tiktoken's regular expressions. GPT-2's pattern
     # splits a run of blanks before its last one, so cutting the text there changes no token.
-    pieces = re.split(r"(?=\s\S)(?<=\s{65536})", text)
-    parts = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
-    return np.concatenate([[END_OF_TEXT], *parts]).astype(np.uint16)
+    parts = []
+    start = 0
+    for run in LONG_BLANKS.finditer(text):
+        stop = run.end() - 1
+        parts.append(tokenizer.encode_to_numpy(text[start:stop], disallowed_special=()))
+        start = stop
+    parts.append(tokenizer.encode_to_numpy(text[start:], disallowed_special=()))
+    return parts
 
 
 def tokenize(chunks: list[Chunk], workers: int) -> Generator[tuple[np.ndarray, int], None, None]:
@@ -427,7 +572,9 @@ def tokenize(chunks: list[Chunk], workers: int) -> Generator[tuple[np.ndarray, i
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
             action = functools.partial(tokenize_chunk, chunk)
-            pending.append(readers.submit(with_retries, action, stop))
+            if chunk.path.startswith("hf://"):
+                action = functools.partial(with_retries, action, stop)
+            pending.append(readers.submit(action))
         while pending:
             yield pending.popleft().result()
     except Exception:
@@ -446,17 +593,80 @@ def tokenize(chunks: list[Chunk], workers: int) -> Generator[tuple[np.ndarray, i
 # ---- shards --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class ShardHeader:
+    """What its header and the file system say about a shard."""
+
+    tokens: int
+    header_size: int  # bytes
+    file_size: int  # bytes
+
+
+def read_shard_header(path: Path) -> ShardHeader:
+    """Raises ValueError, naming the file, when it is damaged or not a 1-D uint16 array.
+
+    NumPy's own reader raises a dozen kinds of errors for a damaged header, and takes archives and
+    pickles too.
+    """
+    common.require_regular_file(path)
+    with path.open("rb") as file:
+        file_size = os.fstat(file.fileno()).st_size
+        start = file.read(MAX_HEADER)
+    try:
+        width = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}[start[:8]]
+        header_size = 8 + width + int.from_bytes(start[8 : 8 + width], "little")
+        if header_size > len(start):
+            raise ValueError("the header is cut short")
+        text = start[8 + width : header_size].decode("ascii").strip()
+        if "\\" in text:  # Python would print a warning about it
+            raise ValueError("the header is damaged")
+        fields = ast.literal_eval(text)
+        shape = fields["shape"]
+        dtype = np.dtype(fields["descr"])
+        if not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError("its shape is damaged")
+    except (KeyError, TypeError, ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        reason = "no header" if isinstance(error, KeyError) else first_line(error)
+        raise ValueError(
+            f"{path} is not a valid .npy file (truncated?): {reason}; write it again"
+        ) from None
+    if dtype != np.dtype("<u2") or len(shape) != 1:
+        raise ValueError(
+            f"{path} holds {dtype} {tuple(shape)}, not uint16 (tokens,);"
+            " shards come from dataset.py"
+        )
+    if shape[0] == 0:
+        raise ValueError(f"{path} holds no token; write it again")
+    if file_size != header_size + 2 * shape[0]:
+        raise ValueError(
+            f"{path} is not a valid .npy file (truncated?): {file_size} bytes for {shape[0]}"
+            " tokens; write it again"
+        )
+    return ShardHeader(tokens=shape[0], header_size=header_size, file_size=file_size)
+
+
+def shard_bytes(tokens: int) -> int:
+    """The size of a shard's file: NumPy's header has 128 bytes for any one-dimensional array."""
+    return 128 + 2 * tokens
+
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
 @dataclass
 class ShardRecord:
     """A shard in index.json; the fields are its keys there, in this order."""
 
-    file: str
-    tokens: int
-    sha256: str  # of the file with its header, as `sha256sum` computes it
-    documents: int  # that begin in this shard
+    # A plain name: an index that someone else has written must not lead out of its folder.
+    file: Annotated[str, msgspec.Meta(pattern=r"^[^/\\:]+_(train|val)_[0-9]{6}\.npy$")]
+    tokens: Positive
+    # Of the file with its header, as `sha256sum` computes it.
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+    documents: Count  # that begin in this shard
     # Where to continue after this shard: the chunk, how many of its tokens are in shards, and the
     # number of empty documents in the chunks before.
-    next: list[int]
+    next: Annotated[list[Count], msgspec.Meta(min_length=3, max_length=3)]
 
 
 @dataclass
@@ -466,26 +676,33 @@ class ShardIndex:
     tokenizer: str
     source: str
     revision: str
-    units: int  # the number of chunks, under the name that they had in earlier versions
-    shard_size: int
-    max_tokens: int | None
-    world_size: int
-    rank: int
+    units: Count  # the number of chunks, under the name that they had in earlier versions
+    shard_size: Positive
+    max_tokens: Positive | None
+    world_size: Positive
+    rank: Count
     complete: bool = False
     shards: list[ShardRecord] = dataclasses.field(default_factory=list)
     # Totals, which are not in the file before the last shard has been written.
-    tokens: int | None = None
-    documents: int | None = None
-    skipped: int | None = None
+    tokens: Count | None = None
+    documents: Count | None = None
+    skipped: Count | None = None
 
     @classmethod
     def read(cls, path: Path) -> ShardIndex:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            content["shards"] = [ShardRecord(**record) for record in content["shards"]]
-            return cls(**content)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is not a valid index: {first_line(error)}") from error
+        """Raises ValueError, naming the file, where it is no index or contradicts itself."""
+        index = common.read_json(path, cls)
+        if path.name != index_name(index.rank, index.world_size):
+            raise ValueError(
+                f"{path} is not a valid index: it is of rank {index.rank} of {index.world_size}"
+            )
+        first = first_number(index.rank, index.world_size)
+        for number, shard in enumerate(index.shards, start=first):
+            if not shard.file.endswith(f"_{number:06d}.npy") or shard.tokens > index.shard_size:
+                raise ValueError(
+                    f"{path} is not a valid index: {shard.file} cannot be shard {number}"
+                )
+        return index
 
     def write(self, path: Path) -> None:
         content = dataclasses.asdict(self)
@@ -494,6 +711,82 @@ class ShardIndex:
                 del content[total]
         with common.atomic_write(path) as file:
             file.write(json.dumps(content, indent=1).encode())
+
+
+def index_name(rank: int, world_size: int) -> str:
+    """The file in which a machine's shards are listed: each machine has its own."""
+    return "index.json" if world_size == 1 else f"index.{rank}of{world_size}.json"
+
+
+def first_number(rank: int, world_size: int) -> int:
+    """The number of a machine's first shard: machines divide its six digits."""
+    return 1_000_000 // world_size * rank
+
+
+def read_indexes(folder: Path) -> dict[Path, ShardIndex]:
+    """All indexes of a folder by their paths: one, or one of each machine that has begun.
+
+    Raises ValueError, naming the file, for one that is damaged.
+    """
+    names = re.compile(r"index(\.[0-9]+of[0-9]+)?\.json")
+    paths = [path for path in sorted(folder.glob("index*.json")) if names.fullmatch(path.name)]
+    return {path: ShardIndex.read(path) for path in paths}
+
+
+def check_complete(folder: Path) -> None:
+    """Raise ValueError, with the command that finishes it, for a folder that is not finished.
+
+    A folder without an index comes from another program: nothing is known of what it should hold.
+    """
+    indexes = read_indexes(folder)
+    problems = [problem for path, index in indexes.items() for problem in _unfinished(path, index)]
+    first = next(iter(indexes.values()), None)
+    if first is not None:
+        machines = {(index.rank, index.world_size) for index in indexes.values()}
+        missing = [r for r in range(first.world_size) if (r, first.world_size) not in machines]
+        if missing:
+            problems.append(f"the parts of machines {missing} of {first.world_size} are missing")
+        if len({index.world_size for index in indexes.values()}) > 1:
+            problems.append("it holds the indexes of runs with different WORLD_SIZE")
+    if first is not None and problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(
+            f"{folder} is not finished: {problems[0]}{more}; finish it with"
+            f" `{_finishing_command(folder, first)}`"
+        )
+
+
+def _unfinished(path: Path, index: ShardIndex) -> list[str]:
+    # What an index says that is not there.
+    problems = [] if index.complete else [f"{path.name} is not complete"]
+    for shard in index.shards:
+        try:
+            size = path.with_name(shard.file).stat().st_size
+        except FileNotFoundError:
+            problems.append(f"{shard.file} is missing")
+            continue
+        if size != shard_bytes(shard.tokens):
+            problems.append(f"{shard.file} has {size} bytes, not {shard_bytes(shard.tokens)}")
+    tokens = sum(shard.tokens for shard in index.shards)
+    if index.complete and index.tokens != tokens:
+        problems.append(f"{path.name} lists {tokens} tokens, but {index.tokens} in all")
+    return problems
+
+
+def _finishing_command(folder: Path, index: ShardIndex) -> str:
+    # The index does not say where local files were.
+    source = "THE_SAME_FILES"
+    if index.source.startswith("stdlib"):
+        source = "stdlib"
+    elif index.source.startswith(HUB_DATASET):
+        source = f"fineweb-edu --name {index.source.split()[-1]}"
+    command = f"python dataset.py --source {source} --data-dir {folder}"
+    command += f" --shard-size {index.shard_size}"
+    if index.max_tokens is not None:
+        command += f" --max-tokens {index.max_tokens}"
+    if index.world_size > 1:
+        command = f"RANK=0..{index.world_size - 1} WORLD_SIZE={index.world_size} {command}"
+    return command
 
 
 # What decides the content of all shards of a folder, and so may not change between its runs.
@@ -514,11 +807,11 @@ def prepare(config: DatasetConfig, rank: int = 0, world_size: int = 1) -> ShardI
     if problems:
         raise ValueError("; ".join(problems))
     # Machines need not communicate: each has its own index, lock and range of shard numbers.
-    name = "index.json" if world_size == 1 else f"index.{rank}of{world_size}.json"
+    name = index_name(rank, world_size)
     lock = common.lock_folder(config.data_dir, flag="--data-dir", name=f".{name}.lock")
     try:
         index, chunks = begin(config, name, rank, world_size)
-        write_shards(config, config.data_dir / name, index, chunks)
+        write_shards(config, config.data_dir / name, index, chunks, check_folder=lock.check)
     finally:
         lock.release()
     return index
@@ -529,10 +822,20 @@ def begin(
 ) -> tuple[ShardIndex, list[Chunk]]:
     """The index to continue, and this rank's chunks; ValueError if the folder holds other work."""
     folder = config.data_dir
-    begun = {path.name: ShardIndex.read(path) for path in folder.glob("index*.json")}
+    begun = read_indexes(folder)
     # The hub's data set may have changed since: a folder keeps the commit it was begun with.
-    commits = [index.revision for index in begun.values() if index.source.startswith(HUB_DATASET)]
-    source, revision, chunks = open_source(config, config.revision or next(iter(commits), None))
+    is_hub = config.source == "fineweb-edu"
+    known = [i.revision for i in begun.values() if i.source.startswith(HUB_DATASET) == is_hub]
+    source, revision, chunks = open_source(config, config.revision or next(iter(known), None))
+    if not chunks:
+        raise ValueError(f"--source {config.source} holds no text to tokenize; give another")
+    if world_size > len(chunks):
+        raise ValueError(
+            f"WORLD_SIZE={world_size}, but {config.source} can only be divided among"
+            f" {len(chunks)} machines; start fewer"
+        )
+    if config.max_tokens is not None and config.max_tokens < world_size:
+        raise ValueError(f"max_tokens {config.max_tokens} is less than one for each machine")
     a_tenth = max(1, sum(chunk.size for chunk in chunks) // 40)  # of tokens, 4 bytes of text each
     index = ShardIndex(
         tokenizer="gpt2",
@@ -544,21 +847,51 @@ def begin(
         world_size=world_size,
         rank=rank,
     )
-    for other in begun.values():
+    first = len(chunks) * rank // world_size
+    stop = len(chunks) * (rank + 1) // world_size
+    # From looking at the other machines' indexes until ours is there nobody else may do the same:
+    # two runs that begin together would each find an empty folder.
+    lock = _wait_for_lock(folder)
+    try:
+        return _continue_index(folder, name, index, stop - first), chunks[first:stop]
+    finally:
+        lock.release()
+
+
+def _wait_for_lock(folder: Path) -> common.FolderLock:
+    # It is held for moments only, so another machine that begins at the same time is waited for.
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return common.FolderLock(folder, ".begin.lock")
+        except filelock.Timeout:
+            if time.monotonic() > deadline:
+                raise ValueError(f"{folder}: another run holds .begin.lock there") from None
+            time.sleep(0.02)
+
+
+def _continue_index(folder: Path, name: str, index: ShardIndex, chunks: int) -> ShardIndex:
+    # The index of that name in the folder, or the new one, written. ValueError if the folder holds
+    # other work.
+    begun = read_indexes(folder)
+    for path, other in begun.items():
         changed = [
             f"{field} was {getattr(other, field)} and is now {getattr(index, field)}"
             for field in IDENTITY
             if getattr(other, field) != getattr(index, field)
         ]
         if changed:
-            raise ValueError(f"{folder}: {'; '.join(changed)}: give another --data-dir")
+            raise ValueError(f"{path}: {'; '.join(changed)}: give another --data-dir")
     if not begun and any(folder.glob("*.npy")):
         raise ValueError(f"{folder} holds shards but no index.json: give another --data-dir")
-    index = begun.get(name, index)
+    index = begun.get(folder / name, index)
     for i, shard in enumerate(index.shards):
+        if shard.next[0] > chunks:
+            raise ValueError(f"{folder / name} is not a valid index: {shard.file} ends nowhere")
         path = folder / shard.file
-        # NumPy's header has 128 bytes for any one-dimensional array.
-        if not path.exists() or path.stat().st_size != 128 + 2 * shard.tokens:
+        if path.exists():
+            common.require_regular_file(path)
+        if not path.exists() or path.stat().st_size != shard_bytes(shard.tokens):
             # Continue before the first bad shard. Those after it are written a second time, with
             # the same bytes.
             index.shards = index.shards[:i]
@@ -566,15 +899,21 @@ def begin(
             break
     # Before any shard, so that there is never a shard without an index, which would be refused.
     index.write(folder / name)
-    first = len(chunks) * rank // world_size
-    stop = len(chunks) * (rank + 1) // world_size
-    return index, chunks[first:stop]
+    return index
 
 
-def write_shards(config: DatasetConfig, path: Path, index: ShardIndex, chunks: list[Chunk]) -> None:
-    """Tokenize the chunks from where the index ends, cut the tokens into shards, record each."""
-    # Machines divide the six digits of the shards' numbers.
-    first_number = 1_000_000 // index.world_size * index.rank
+def write_shards(
+    config: DatasetConfig,
+    path: Path,
+    index: ShardIndex,
+    chunks: list[Chunk],
+    check_folder: Callable[[], None],
+) -> None:
+    """Tokenize the chunks from where the index ends, cut the tokens into shards, record each.
+
+    ``check_folder`` is called before a file is written, and raises when the folder was replaced.
+    """
+    first = first_number(index.rank, index.world_size)
     limit = (config.max_tokens or sys.maxsize) // index.world_size
     done = sum(shard.tokens for shard in index.shards)
     chunk, used, skipped = index.shards[-1].next if index.shards else [0, 0, 0]
@@ -593,7 +932,8 @@ def write_shards(config: DatasetConfig, path: Path, index: ShardIndex, chunks: l
     )
 
     def save_shard() -> None:
-        number = first_number + len(index.shards)
+        check_folder()
+        number = first + len(index.shards)
         split = "train" if number else "val"
         shard = path.with_name(f"{PREFIXES.get(config.source, 'text')}_{split}_{number:06d}.npy")
         with common.atomic_write(shard) as file:
@@ -620,6 +960,8 @@ def write_shards(config: DatasetConfig, path: Path, index: ShardIndex, chunks: l
             # Chunks are of similar size, so the ones so far show how many tokens there will be.
             known = done - used + len(tokens)
             bar.total = min(limit, known * len(chunks) // (chunk + 1))
+            if used > len(tokens):
+                raise ValueError(f"{path} is not a valid index: {used} tokens of chunk {chunk}")
             tokens = tokens[: used + limit - done]
             # ``used`` begins above 0 where an earlier run has put tokens of this chunk in a shard.
             while used < len(tokens):
@@ -639,6 +981,10 @@ def write_shards(config: DatasetConfig, path: Path, index: ShardIndex, chunks: l
                 break
         if filled:
             save_shard()
+    # The first machine writes the validation shard, without which nobody can train.
+    if done == 0 and index.rank == 0:
+        raise ValueError(f"--source {config.source} holds no text to tokenize; give another")
+    check_folder()
     index.complete = True
     index.tokens = done
     index.documents = sum(shard.documents for shard in index.shards)
@@ -656,7 +1002,7 @@ def _sha256(path: Path) -> str:
 
 def verify(folder: Path, workers: int = 1) -> list[str]:
     """A line for each problem with the shards in a folder; FileNotFoundError if it has none."""
-    indexes = {path: ShardIndex.read(path) for path in sorted(folder.glob("index*.json"))}
+    indexes = read_indexes(folder)
     records = {shard.file: shard for index in indexes.values() for shard in index.shards}
     paths = sorted({folder / name for name in records} | set(folder.glob("*.npy")))
     if not paths:
@@ -673,23 +1019,45 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
         if indexes and record is None:
             return f"{path} is not in index.json"
         try:
-            tokens = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            return f"{path} is not a valid .npy file (truncated?): {first_line(error)}"
-        if tokens.dtype != np.uint16 or tokens.ndim != 1 or tokens.size == 0:
-            return f"{path} holds {tokens.dtype} {tokens.shape}, not uint16 (tokens,)"
-        if tokens.max() >= common.VOCAB_SIZE:
-            return f"{path} has the token {tokens.max()}; GPT-2's last one is {END_OF_TEXT}"
-        if record and len(tokens) != record.tokens:
-            return f"{path} has {len(tokens)} tokens instead of {record.tokens}"
-        if record and _sha256(path) != record.sha256:
+            tokens, highest, sha256 = _read_shard(path)
+        except ValueError as error:
+            return str(error)
+        except OSError as error:
+            return f"{path} cannot be read: {first_line(error)}"
+        if highest >= common.VOCAB_SIZE:
+            return f"{path} has the token {highest}; GPT-2's last one is {END_OF_TEXT}"
+        if record and tokens != record.tokens:
+            return f"{path} has {tokens} tokens instead of {record.tokens}"
+        if record and sha256 != record.sha256:
             return f"{path} has changed: its SHA-256 is not the one in index.json"
         return ""
 
     with ThreadPoolExecutor(workers) as pool:
         problems = [problem for problem in pool.map(check, paths) if problem]
-    unfinished = [path for path, index in indexes.items() if not index.complete]
-    return problems + [f"{path}: not finished, run the same command again" for path in unfinished]
+    try:
+        check_complete(folder)
+    except ValueError as error:
+        # Shards that are missing or too short have a line already.
+        if not problems:
+            problems.append(str(error))
+    return problems
+
+
+def _read_shard(path: Path) -> tuple[int, int, str]:
+    # Its number of tokens, the highest of them, and the file's SHA-256. Not from a memory map: when
+    # the file is cut short meanwhile, that kills the process without a word (SIGBUS).
+    header = read_shard_header(path)
+    highest = 0
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(header.header_size))
+        for start in range(0, header.tokens, BLOCK_TOKENS):
+            size = 2 * min(BLOCK_TOKENS, header.tokens - start)
+            block = file.read(size)
+            if len(block) != size:
+                raise ValueError(f"{path} was cut short while it was read")
+            digest.update(block)
+            highest = max(highest, int(np.frombuffer(block, dtype="<u2").max()))
+    return header.tokens, highest, digest.hexdigest()
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -697,11 +1065,12 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
 
 def main() -> None:
     """Exit code 2 for a mistake in options or source, 1 for network, disk, or a bad shard."""
-    import tyro
-
-    config = tyro.cli(DatasetConfig, description=__doc__)
     start = time.perf_counter()
     with common.exit_with_one_line(remedy="run the same command again to continue"):
+        config = common.parse_options(DatasetConfig, description=__doc__)
+        problems = config.validate()
+        if problems:
+            raise ValueError("; ".join(problems))
         if config.verify:
             problems = verify(config.data_dir, config.workers)
             print("\n".join(problems) or f"{config.data_dir}: every shard is valid")

@@ -7,9 +7,22 @@ Examples: python eval.py --checkpoint log --prompt "The function returns" --stre
           python eval.py --checkpoint gpt2 --loss --data-dir edu_fineweb10B --context-length 512
 """
 
+from common import (
+    END_OF_TEXT,
+    VOCAB_SIZE,
+    Bounds,
+    DtypeName,
+    check_options,
+    choose_device,
+    choose_dtype,
+    exit_with_one_line,
+    parse_options,
+)
+
 import codecs
 import contextlib
 import copy
+import io
 import json
 import math
 import sys
@@ -29,17 +42,9 @@ import tyro
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from checkpoint import find_checkpoint
-from common import (
-    END_OF_TEXT,
-    VOCAB_SIZE,
-    DtypeName,
-    choose_device,
-    choose_dtype,
-    exit_with_one_line,
-)
+from checkpoint import open_checkpoint
 from data_loader import TokenDataset, TokenLoader
-from dataset import get_tokenizer
+from dataset import encode_ordinary, get_tokenizer
 from model import GPT, Block
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -49,18 +54,18 @@ from model import GPT, Block
 class SamplingOptions:
     """How many samples are drawn of a prompt, and how."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, Bounds(1, 1_000_000)] = 128
     """Length of a sample in tokens; it ends earlier at <|endoftext|>."""
-    num_samples: int = 1
+    num_samples: Annotated[int, Bounds(1, 4096)] = 1
     """Samples of each prompt. Sample i is drawn with --seed + i, alone or in a batch."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Bounds(0, 100)] = 1.0
     """Divides the logits: below 1 more conservative, above 1 more random. 0 is --greedy."""
-    top_k: int | None = 50
+    top_k: Annotated[int | None, Bounds(1, 1_000_000)] = 50
     """Draw from this many of the most likely tokens; None: from all."""
-    top_p: float | None = None
+    top_p: Annotated[float | None, Bounds(0, 1)] = None
     """Nucleus sampling: draw from the smallest set of tokens with at least this total
     probability."""
-    seed: int = 1337
+    seed: Annotated[int, Bounds(-(2**63), 2**64 - 1)] = 1337
     """The same seed gives the same text on the same device in the same precision; a batch of
     samples may differ by rounding."""
 
@@ -82,12 +87,12 @@ class EvalConfig(SamplingOptions):
     """Measure the validation loss instead of sampling."""
     data_dir: Path = Path("edu_fineweb10B")
     """Folder of token shards, for --loss."""
-    val_tokens: int = 10_485_760
+    val_tokens: Annotated[int, Bounds(1, 2**50)] = 10_485_760
     """Tokens to measure the loss on: the first ones of the validation split."""
-    context_length: int | None = None
+    context_length: Annotated[int | None, Bounds(1, 2**24)] = None
     """Tokens in a window of the loss; default: the model's context. Only losses at the same
     length are comparable."""
-    micro_batch: int = 16
+    micro_batch: Annotated[int, Bounds(1, 65_536)] = 16
     """Windows computed at once, for --loss."""
 
     device: str = "auto"
@@ -97,26 +102,24 @@ class EvalConfig(SamplingOptions):
     quantize: Literal["none", "int8"] = "none"
     """int8: round the weights of all matrix products to 8 bits, with a scale for each output
     channel. Faster on a CPU; other devices refuse it."""
+    verify: bool = True
+    """Compare the checkpoint's files with its checksums first."""
 
     def validate(self) -> list[str]:
         """Every problem of these options, one message each."""
-        counts = {
-            "num_samples": self.num_samples,
-            "max_new_tokens": self.max_new_tokens,
-            "top_k": self.top_k,
-            "val_tokens": self.val_tokens,
-            "context_length": self.context_length,
-            "micro_batch": self.micro_batch,
-        }
-        problems = [
-            f"{name} {value} must be at least 1"
-            for name, value in counts.items()
-            if value is not None and value < 1
-        ]
-        if self.temperature < 0:
-            problems.append(f"temperature {self.temperature} must not be negative")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            problems.append(f"top_p {self.top_p} must be above 0 and at most 1")
+        problems = check_options(self)
+        if self.top_p == 0:
+            problems.append("top_p 0.0 must be above 0")
+        if 0 < self.temperature < 1e-6:  # logits divided by less could overflow
+            problems.append(f"temperature {self.temperature} must be 0 or at least 1e-06")
+        if self.seed < 2**64 < self.seed + self.num_samples:
+            problems.append(f"seed {self.seed} is too large for num_samples {self.num_samples}")
+        if self.greedy and self.top_p is not None:
+            problems.append("greedy and top_p exclude each other")
+        if self.greedy and self.temperature not in (0, SamplingOptions.temperature):
+            problems.append(f"greedy and temperature {self.temperature} exclude each other")
+        if self.loss and (self.prompt or self.stream):
+            problems.append("loss excludes prompt and stream")
         if self.stream and self.json:
             problems.append("stream and json exclude each other")
         return problems
@@ -189,19 +192,24 @@ def count_bytes(dataset: TokenDataset, windows: int) -> int:
 def report_loss(config: EvalConfig, model: GPT, device: torch.device, dtype: torch.dtype) -> None:
     """Print loss, perplexity and bits per byte on the validation split."""
     T = config.context_length or model.config.context_length
+    if model.config.context_length < T:
+        raise ValueError(
+            f"context_length {T} is longer than the model's {model.config.context_length}"
+        )
     dataset = TokenDataset(config.data_dir, "val", T)
     dataset.check_tokens(model.config.vocab_size)
     windows = count_windows(dataset, config.val_tokens)
     loss = validation_loss(model, dataset, windows * T, config.micro_batch, device, dtype=dtype)
     n_bytes = count_bytes(dataset, windows)
-    perplexity = math.exp(loss)
-    # Unlike the loss a token, it can be compared with models that have another tokenizer.
-    bits_per_byte = loss / math.log(2) * windows * T / n_bytes
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # 700: what a float can hold
+    # Unlike the loss a token, it can be compared with models that have another tokenizer. Targets
+    # that are all <|endoftext|> have no text.
+    bits_per_byte = loss / math.log(2) * windows * T / n_bytes if n_bytes else math.nan
     if config.json:
         result = {
-            "loss": loss,
-            "perplexity": perplexity,
-            "bits_per_byte": bits_per_byte,
+            "loss": loss if math.isfinite(loss) else None,
+            "perplexity": perplexity if math.isfinite(perplexity) else None,
+            "bits_per_byte": bits_per_byte if math.isfinite(bits_per_byte) else None,
             "tokens": windows * T,
             "bytes": n_bytes,
             "context_length": T,
@@ -506,11 +514,22 @@ def stream_text(tokens: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
+def encode_prompt(prompt: str, vocab_size: int) -> list[int]:
+    """The prompt's tokens. Raises ValueError when the model's vocabulary lacks one of them."""
+    # An empty prompt is the start of a document, and documents begin with <|endoftext|>.
+    ids = encode_ordinary(prompt) or [END_OF_TEXT]
+    if max(ids) >= vocab_size:
+        raise ValueError(
+            f"prompt {prompt[:40]!r}: token {max(ids)} is outside the model's vocabulary of"
+            f" {vocab_size}; give another prompt or checkpoint"
+        )
+    return ids
+
+
 def print_samples(config: EvalConfig, sampler: Sampler, prompt: str, device: torch.device) -> None:
     """Print the samples of one prompt and, on standard error, how fast they came."""
     tokenizer = get_tokenizer()
-    # An empty prompt is the start of a document, and documents begin with <|endoftext|>.
-    ids = tokenizer.encode_ordinary(prompt) or [END_OF_TEXT]
+    ids = encode_prompt(prompt, sampler.model.config.vocab_size)
     idx = torch.tensor([ids], device=device)  # (1, T)
     options = replace(config, temperature=0.0) if config.greedy else config
     seeds = range(options.seed, options.seed + options.num_samples)
@@ -534,27 +553,41 @@ def print_samples(config: EvalConfig, sampler: Sampler, prompt: str, device: tor
             print(json.dumps(line) if config.json else f"{prompt}{text}\n---")
     seconds = time.perf_counter() - start
     precision = f"int8 weights, {sampler.dtype}" if sampler.int8 else str(sampler.dtype)
-    speed = f"{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s"
-    print(f"{speed}, {precision} on {device}", file=sys.stderr)
+    speed = f"{made} tokens in {seconds:.2f} s, {made / max(seconds, 1e-9):.1f} tokens/s"
+    sys.stdout.flush()  # a reader that has gone, such as `head`, is noticed before the next prompt
+    with contextlib.suppress(OSError):
+        print(f"{speed}, {precision} on {device}", file=sys.stderr)
+
+
+def read_prompts() -> Iterator[str]:
+    """The lines of standard input, as UTF-8 whatever the locale is."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    for line in sys.stdin:
+        yield line.rstrip("\n")
 
 
 def main() -> None:
-    config = tyro.cli(EvalConfig, description=__doc__)
     with exit_with_one_line():
+        config = parse_options(EvalConfig, description=__doc__)
         problems = config.validate()
         if problems:
             raise ValueError("; ".join(problems))
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
         int8 = config.quantize == "int8"
-        model = GPT.from_pretrained(find_checkpoint(config.checkpoint)).to(device)
+        if int8 and device.type != "cpu":  # before the model, which may be a download
+            raise ValueError(f"quantize int8 is for cpu only, not {device}; leave it out")
+        model = open_checkpoint(config.checkpoint, config.verify).to(device)
         if config.loss:
             if int8:  # the weights that samples in fp32 are drawn with
                 model, _ = prepare_for_decoding(model, 1, torch.float32, int8)
             report_loss(config, model, device, dtype)
             return
+        for prompt in config.prompt:  # before the samples of the first
+            encode_prompt(prompt, model.config.vocab_size)
         sampler = Sampler(model, dtype, int8)
-        for prompt in config.prompt or (line.rstrip("\n") for line in sys.stdin):
+        for prompt in config.prompt or read_prompts():
             print_samples(config, sampler, prompt, device)
 
 

@@ -11,28 +11,31 @@ the highest per token (completion) or per character (harness).
 Example: python hellaswag.py --checkpoint log --output predictions.jsonl
 """
 
+import common
+
 import functools
 import json
 import math
+import os
 import re
+import reprlib
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import common
-from checkpoint import find_checkpoint
-from dataset import get_tokenizer
+from checkpoint import find_checkpoint, open_checkpoint
+from dataset import encode_ordinary
 from model import GPT
 
 # The conventions in the order of `Example.requests`, with their prefixes in the summary.
@@ -50,6 +53,9 @@ BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 ROUND_TO = 8
 # Rows shorter than this fraction of a batch's longest row wait for a batch with less padding.
 MIN_FILL = 0.85
+# Names of the files of a checkpoint or a log folder, which --output must not replace. Other names
+# there, such as those of earlier predictions, may be used again.
+INPUT_FILES = ("*.safetensors", "*.json", "*.pt", "merges.txt", "metrics.jsonl")
 LOCAL_FILE = "give HellaSwag as a JSONL file with --data (train.py: --hellaswag-data)"
 
 
@@ -61,7 +67,7 @@ class HellaSwagConfig:
     """HellaSwag as a JSONL file. Default: Rowan/hellaswag from the hub."""
     split: Literal["validation", "train"] = "validation"
     """Split of Rowan/hellaswag. Ignored with --data."""
-    limit: int | None = None
+    limit: Annotated[int | None, common.Bounds(1, 10**9)] = None
     """Use only this many examples, from the beginning. Default: all."""
     output: Path | None = None
     """Write the predictions to this file, one JSON line for each example."""
@@ -71,15 +77,38 @@ class HellaSwagConfig:
     """cuda, cuda:1, mps or cpu. auto: the machine's accelerator, or the CPU without one."""
     dtype: common.DtypeName = "auto"
     """Precision of the matrix products. auto: bf16 where the hardware has it."""
+    verify: bool = True
+    """Compare the checkpoint's files with its checksums first."""
 
     def validate(self) -> list[str]:
         """Every problem of these options, one message each."""
-        problems = []
-        if self.limit is not None and self.limit < 1:
-            problems.append(f"--limit {self.limit} must be at least 1")
-        if self.output is not None and not self.output.absolute().parent.is_dir():
-            problems.append(f"--output {self.output}: its folder does not exist; create it first")
+        problems = common.check_options(self)
+        if self.output is not None:
+            problems += self._output_problems(self.output)
         return problems
+
+    def _output_problems(self, output: Path) -> list[str]:
+        # It is written after minutes of work, and replaces what is there.
+        folder = output.absolute().parent
+        if not folder.is_dir():
+            return [f"--output {output}: its folder does not exist; create it first"]
+        if output.exists():
+            if not output.is_file():
+                return [f"--output {output} is not a regular file; give another"]
+            inputs = [self.data] if self.data is not None else []
+            for source in {Path(self.checkpoint), Path(find_checkpoint(self.checkpoint))}:
+                if source.is_dir():
+                    inputs += [file for pattern in INPUT_FILES for file in source.glob(pattern)]
+            for file in inputs:
+                if file.exists() and os.path.samefile(file, output):  # by a link too
+                    return [f"--output {output} is the input {file}; give another file"]
+        try:  # the temporary file from which the output will be renamed
+            temporary = output.with_name(f".{output.name}.tmp")
+            temporary.open("wb").close()
+            temporary.unlink()
+        except OSError as error:
+            return [f"--output {output} cannot be written ({error}); give another"]
+        return []
 
 
 # ---- examples ------------------------------------------------------------------------------------
@@ -111,8 +140,10 @@ def load_examples(
     Raises FileNotFoundError when there is no such file or the download fails, and ValueError, with
     the line's number, when a line is malformed.
     """
-    if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; {LOCAL_FILE}")
+    if path is not None:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such file; {LOCAL_FILE}")
+        common.require_regular_file(Path(path))
     source = f"Rowan/hellaswag {split}" if path is None else str(path)
     records = download(split) if path is None else read_jsonl(Path(path))
     examples = []
@@ -125,23 +156,26 @@ def load_examples(
 
 def download(split: str) -> Iterable[Any]:
     """A split of Rowan/hellaswag. Raises FileNotFoundError when it cannot be downloaded."""
-    from datasets import load_dataset
-
+    common.prepare_hub()
     try:
+        from datasets import load_dataset
+
         return load_dataset("Rowan/hellaswag", split=split)
     except Exception as error:  # the classes it may raise have no base but this one in common
-        problem = f"Rowan/hellaswag could not be downloaded ({common.first_line(error)})"
+        reason = common.hub_problem() or common.first_line(error)
+        problem = f"Rowan/hellaswag could not be downloaded ({reason})"
         raise FileNotFoundError(f"{problem}; {LOCAL_FILE}") from None
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:
     """The value of each line of a JSONL file; None for a line that is not JSON."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         for line in file:
             try:
-                yield json.loads(line)
-            except ValueError:
-                yield None
+                record = json.loads(line.decode())
+            except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested too deep
+                record = None
+            yield record
 
 
 def validate(record: Any) -> list[str]:
@@ -163,8 +197,11 @@ def validate(record: Any) -> list[str]:
         problems.append("an ending is empty or not a string")
     # A number in the original files, a string on the hub, and empty in the test split.
     label = record.get("label")
-    if str(label) not in ("0", "1", "2", "3"):
-        problems.append(f"label {label!r} is not 0, 1, 2 or 3")
+    if not isinstance(label, int | str) or str(label) not in ("0", "1", "2", "3"):
+        problems.append(f"label {reprlib.repr(label)} is not 0, 1, 2 or 3")
+    ind = record.get("ind", -1)
+    if isinstance(ind, bool) or not isinstance(ind, int):
+        problems.append("ind is not a whole number")
     return problems
 
 
@@ -172,7 +209,7 @@ def tokenize(record: Any, where: str) -> Example:
     """The example of a JSONL line. Raises ValueError with ``where`` when it is malformed."""
     if problems := validate(record):
         raise ValueError(f"{where}: {'; '.join(problems)}; repair or remove the line")
-    encode = get_tokenizer().encode_ordinary
+    encode = encode_ordinary
     # As build-nanogpt does: context and ending are encoded apart.
     choices = [encode(f" {ending}") for ending in record["endings"]]
     lengths = [len(choice) for choice in choices]
@@ -181,6 +218,8 @@ def tokenize(record: Any, where: str) -> Example:
     # text. GPT-2's encoding splits before a space, so that encoding them apart gives the same.
     text = clean(f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
     context = text.rstrip()
+    if not context:
+        raise ValueError(f"{where}: ctx_a is empty without its markup; repair or remove the line")
     spaces = text[len(context) :]
     endings = [clean(ending) for ending in record["endings"]]
     choices = [encode(f"{spaces} {ending}") for ending in endings]
@@ -192,7 +231,13 @@ def tokenize(record: Any, where: str) -> Example:
 def clean(text: str) -> str:
     """Remove the markup of WikiHow texts exactly as the harness does."""
     text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+    lines = []
+    for line in text.split("\n"):
+        # The harness's pattern would search the rest of the line for each bracket that is never
+        # closed: hours for a megabyte of them. Behind the last "]" there is no markup.
+        before, closing, after = line.rpartition("]")
+        lines.append(re.sub(r"\[.*?\]", "", before + closing) + after)
+    return "\n".join(lines).replace("  ", " ")
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -333,10 +378,36 @@ def predict(
     if dist.is_initialized():
         # Each score is zero on all ranks but one: the sum is exact for any number of ranks.
         dist.all_reduce(scores)
+    if not scores.isfinite().all():  # argmax would take a NaN for the best
+        raise FloatingPointError(f"a log-likelihood is not finite: the model overflows in {dtype}")
     scores = scores.view(-1, 4)  # (R, 4)
     lengths = torch.tensor([request.lengths for request in requests], device=device)  # (R, 4)
     chosen = torch.stack((scores.argmax(dim=1), (scores / lengths).argmax(dim=1)), dim=1)  # (R, 2)
     return chosen.view(len(examples), -1, 2)
+
+
+def check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
+    """Raise ValueError for an example with a token that a model's vocabulary lacks."""
+    for example in examples:
+        for request in example.requests:
+            largest = max(map(max, (request.context, *request.choices)))
+            if largest >= vocab_size:
+                raise ValueError(
+                    f"{request.where}: token {largest} is outside the model's vocabulary of"
+                    f" {vocab_size}"
+                )
+
+
+def write_predictions(path: Path, examples: Sequence[Example], chosen: Tensor) -> None:
+    """A JSON line for each example: its number, its label and the choices of ``predict``."""
+    try:
+        with common.atomic_write(path) as file:
+            for example, choices in zip(examples, chosen.tolist(), strict=True):
+                line: dict[str, Any] = {"ind": example.ind, "label": example.label}
+                line.update(zip(CONVENTIONS, choices, strict=True))
+                file.write(json.dumps(line).encode() + b"\n")
+    except OSError as error:  # whatever it is, the command was right: exit code 1
+        raise OSError(f"--output {path}: the predictions were not written ({error})") from None
 
 
 def summarize(examples: Sequence[Example], chosen: Tensor) -> dict[str, float | int]:
@@ -361,34 +432,43 @@ def summarize(examples: Sequence[Example], chosen: Tensor) -> dict[str, float | 
 
 
 def main() -> None:
-    config = tyro.cli(HellaSwagConfig, description=__doc__)
     with common.exit_with_one_line():
+        config = common.parse_options(HellaSwagConfig, description=__doc__)
         if problems := config.validate():
             raise ValueError("; ".join(problems))
         device = common.choose_device(config.device)
         dtype = common.choose_dtype(config.dtype, device)
         # Before the model, which may be a download of gigabytes, so that mistakes show early.
         examples = load_examples(config.data, config.split, config.limit)
-        model = GPT.from_pretrained(find_checkpoint(config.checkpoint)).to(device)
+        model = open_checkpoint(config.checkpoint, config.verify).to(device)
+        check_vocabulary(examples, model.config.vocab_size)
         start = time.perf_counter()
-        chosen = predict(model, examples, device, dtype=dtype, progress=True)
+        try:  # a full disk behind standard error must not cost the figures
+            print(f"{len(examples)} examples", file=sys.stderr, flush=True)
+            progress = True
+        except OSError:
+            progress = False
+        chosen = predict(model, examples, device, dtype=dtype, progress=progress)
         summary = summarize(examples, chosen)
         summary["seconds"] = time.perf_counter() - start
-        if config.output is not None:
-            with common.atomic_write(config.output) as file:
-                for example, choices in zip(examples, chosen.tolist(), strict=True):
-                    line = {"ind": example.ind, "label": example.label}
-                    line.update(zip(CONVENTIONS, choices, strict=True))
-                    file.write(json.dumps(line).encode() + b"\n")
-        if config.json:
-            print(json.dumps(summary))
-            return
-        for convention, prefix in CONVENTIONS.items():
-            figures = []
-            for name in (f"{prefix}acc", f"{prefix}acc_norm"):
-                figures.append(f"{name} {summary[name]:.4f} ± {summary[f'{name}_stderr']:.4f}")
-            print(f"{convention:10}  {'   '.join(figures)}")
-        print(f"{len(examples)} examples in {summary['seconds']:.1f} s, {dtype} on {device}")
+        try:
+            print_summary(summary, config.json, f"{dtype} on {device}")
+        finally:  # one of the two may fail: a full disk, a closed console
+            if config.output is not None:
+                write_predictions(config.output, examples, chosen)
+
+
+def print_summary(summary: dict[str, float | int], as_json: bool, where: str) -> None:
+    """Print what ``summarize`` returns, with the seconds, and flush it."""
+    if as_json:
+        print(json.dumps(summary), flush=True)
+        return
+    for convention, prefix in CONVENTIONS.items():
+        figures = []
+        for name in (f"{prefix}acc", f"{prefix}acc_norm"):
+            figures.append(f"{name} {summary[name]:.4f} ± {summary[f'{name}_stderr']:.4f}")
+        print(f"{convention:10}  {'   '.join(figures)}")
+    print(f"{summary['n']} examples in {summary['seconds']:.1f} s, {where}", flush=True)
 
 
 if __name__ == "__main__":

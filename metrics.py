@@ -5,6 +5,8 @@ Rank 0 alone writes. A full disk or a tracker that fails is reported once and ne
 
 from __future__ import annotations
 
+from common import first_line
+
 import json
 import math
 import os
@@ -17,12 +19,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Required, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, Required, TypedDict, cast
 
+import msgspec
 import numpy as np
 from tqdm import tqdm
-
-from common import first_line
 
 if TYPE_CHECKING:  # plot.py needs the rows of this module, and not to wait for torch
     import torch
@@ -43,41 +44,64 @@ PEAK_TFLOPS = {
     "RTX 3090": 71.0,
 }
 
+MIN_SECONDS = 1e-6  # of a step, by which numbers are divided
+# What a console raises that is full, closed (ValueError) or missing (sys.stdout is None).
+CONSOLE_ERRORS = (OSError, ValueError, AttributeError)
+
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**53)]  # beyond it a float skips whole numbers
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e11)]  # as a date, the year 5138
+
+
+class RunConfig(TypedDict, total=False):
+    """What plot.py reads of a run's configuration, which has more keys."""
+
+    batch_tokens: Count | None
+    max_steps: Count | None
+    model: dict[str, Any]
+
 
 class Row(TypedDict, total=False):
     """A line of metrics.jsonl. Only kind and step are in all; what is not finite is null."""
 
     kind: Required[str]
-    step: Required[int]
-    time: float  # seconds since 1970
-    seconds: float  # that an evaluation, a sample or a checkpoint took
+    step: Required[Annotated[int, msgspec.Meta(ge=0, le=2**53)]]
+    time: Seconds  # since 1970
+    seconds: Seconds | None  # that an evaluation, a sample or a checkpoint took
     # kind "run": a process has started
-    config: dict[str, Any]
-    dataset: str  # what the names of the shards begin with
-    versions: dict[str, str | None]
+    config: RunConfig
+    dataset: str | None  # what the names of the shards begin with
+    versions: dict[str, Any]
     resumed_from: str | None
     # kind "train", for the loss of the weights before the update, and kind "val"
     loss: float | None
-    ms: float
+    ms: float | None
     # kind "hellaswag", which also has harness_acc, harness_acc_norm and four standard errors
-    n: int
-    acc: float
-    acc_norm: float
+    n: Count
+    acc: float | None
+    acc_norm: float | None
     # kind "checkpoint", whose seconds are those that training waited
     path: str
-    write_seconds: float
+    write_seconds: float | None
     # kind "sample"
     prompt: str
     text: str
 
 
 def parse_row(line: str) -> Row | None:
-    """A line of metrics.jsonl, or None when it was torn by a kill or is something else."""
-    with suppress(ValueError):
-        row = json.loads(line)
-        if isinstance(row, dict) and "kind" in row and "step" in row:
-            return cast(Row, row)  # unchecked: other versions may have written other keys
-    return None
+    """A line of metrics.jsonl, or None when it was torn by a kill or is something else.
+
+    The keys of ``Row`` are checked; others, of this version or another, stay as they are.
+    """
+    try:
+        try:
+            row = msgspec.json.decode(line)
+        except ValueError:
+            row = json.loads(line)  # which also knows NaN and Infinity, as other programs write
+        msgspec.convert(row, Row)  # for its checks alone: the copy has only the keys of Row
+    except (ValueError, RecursionError):
+        return None
+    return cast(Row, row)
 
 
 # ---- facts about the machine ---------------------------------------------------------------------
@@ -186,7 +210,7 @@ class MetricsLogger:
         self.bar = tqdm(
             total=self.max_steps,
             file=sys.stdout,
-            disable=not (self.enabled and sys.stdout.isatty()),
+            disable=not (self.enabled and _on_terminal()),
             dynamic_ncols=True,
             bar_format="{bar:10} {desc}",
         )
@@ -261,8 +285,10 @@ class MetricsLogger:
             self._report_step(step, lr, loss, norm)
 
     def _report_step(self, step: int, lr: float, loss: float, norm: float) -> None:
-        seconds = time.perf_counter() - self.step_start
-        self.step_start += seconds
+        now = time.perf_counter()
+        # A clock that stands still, or that a virtual machine sets back, must not end the run.
+        seconds = max(now - self.step_start, MIN_SECONDS)
+        self.step_start = now
         self.durations.append(seconds)
         ms = seconds * 1e3
         tokens_per_s = self.tokens_per_step / seconds
@@ -270,8 +296,9 @@ class MetricsLogger:
         memory_gb = peak_memory_gb(self.device)
         # A spike shows in standard deviations above the mean of the losses before it.
         z = 0.0
-        if len(self.losses) >= 16:  # fewer say little about the deviation
-            z = float((loss - np.mean(self.losses)) / np.std(self.losses))
+        deviation = float(np.std(self.losses)) if len(self.losses) >= 16 else 0.0
+        if deviation > 0:  # fewer losses say little about it, and equal ones have none
+            z = float((loss - np.mean(self.losses)) / deviation)
         if math.isfinite(loss):
             self.losses.append(loss)
         skipped = not math.isfinite(norm)  # the optimizer's kernel has decided the same
@@ -292,7 +319,7 @@ class MetricsLogger:
         if self.bar.disable:
             self.print(text)
         else:
-            with suppress(OSError, ValueError):
+            with suppress(*CONSOLE_ERRORS):
                 self.bar.n = step + 1
                 self.bar.set_description_str(text)
         if skipped:
@@ -304,10 +331,12 @@ class MetricsLogger:
         self.flush()  # or these seconds would count as the pending step's
         start = time.perf_counter()
         row: dict[str, Any] = {}
-        yield row
-        self.step_start = time.perf_counter()  # nor do they count as the next step's
-        if row:  # it is empty when there was nothing to do, or it failed
-            row["seconds"] = round(self.step_start - start, 3)
+        try:
+            yield row
+        finally:
+            self.step_start = time.perf_counter()  # nor do they count as the next step's
+        if row:  # it is empty when there was nothing to do
+            row["seconds"] = round(max(0.0, self.step_start - start), 3)
             self.report(kind, step, row)
 
     def report(self, kind: str, step: int, row: dict[str, Any]) -> None:
@@ -340,13 +369,13 @@ class MetricsLogger:
     def print(self, text: str) -> None:
         """Print a line that stays."""
         if self.enabled:
-            with suppress(OSError, ValueError):  # a full or closed console must not end the run
+            with suppress(*CONSOLE_ERRORS):  # a full or closed console must not end the run
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
     def close(self) -> None:
         """End the bar and the trackers."""
-        with suppress(OSError, ValueError):
+        with suppress(*CONSOLE_ERRORS):
             self.bar.close()
         self._call_trackers("finish")
 
@@ -358,6 +387,14 @@ class MetricsLogger:
                 self.trackers.remove(tracker)
                 name = type(tracker).__name__
                 self.print(f"{name}: {first_line(error)}; training continues without this tracker")
+
+
+def _on_terminal() -> bool:
+    """Whether standard output is a terminal; not when it is closed or None."""
+    try:
+        return sys.stdout.isatty()
+    except CONSOLE_ERRORS:
+        return False
 
 
 def _without_nan(value: Any) -> Any:

@@ -8,21 +8,33 @@ Parameter names are Hugging Face GPT-2's, and ``save_pretrained`` writes a folde
 ``transformers``, vLLM, llama.cpp and lm-eval open as it is.
 """
 
+from common import (
+    END_OF_TEXT,
+    VOCAB_SIZE,
+    Bounds,
+    check_options,
+    download_model,
+    first_line,
+    read_json,
+    require_regular_file,
+)
+
 import json
 import math
+import re
+import reprlib
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-
-from common import END_OF_TEXT, VOCAB_SIZE, download_model
 
 # GPT-2's Conv1D layers store their weight as (in, out), the transpose of nn.Linear's.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -47,28 +59,30 @@ HF_ARCHITECTURE: dict[str, Any] = {
 }
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN or infinity; NaN passes through both minimum and maximum."""
+    low, high = torch.aminmax(tensor.detach())
+    return math.isfinite(low) and math.isfinite(high)
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of the model. The defaults are GPT-2 124M with half of its context."""
 
-    d_model: int = 768
+    d_model: Annotated[int, Bounds(1, 2**17)] = 768
     """Channels of the residual stream; a multiple of n-heads."""
-    n_heads: int = 12
+    n_heads: Annotated[int, Bounds(1, 2**17)] = 12
     """Attention heads in each layer."""
-    n_layers: int = 12
+    n_layers: Annotated[int, Bounds(1, 2**14)] = 12
     """Transformer blocks."""
-    context_length: int = 512
+    context_length: Annotated[int, Bounds(1, 2**24)] = 512
     """The longest sequence of tokens that the model can attend to."""
-    vocab_size: int = 50304
+    vocab_size: Annotated[int, Bounds(1, 2**24)] = 50304
     """Rows of the embedding: 50,257 tokens, padded to a multiple of 128 for speed."""
 
     def validate(self) -> list[str]:
         """Every problem of this shape, one message each; empty when it can be built."""
-        problems = [
-            f"model.{name} {value} must be at least 1"
-            for name, value in vars(self).items()
-            if value < 1
-        ]
+        problems = check_options(self, prefix="model.")
         if not problems and self.d_model % self.n_heads != 0:
             problems.append(
                 f"model.d_model {self.d_model} must be a multiple of model.n_heads {self.n_heads}"
@@ -323,59 +337,62 @@ class GPT(nn.Module):
         such folder or model, and ValueError when it is not a GPT-2 that this file can compute or
         its files are damaged.
         """
-        folder = Path(source) if Path(source).is_dir() else download_model(str(source))
-        try:
-            hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            weights: dict[str, Tensor] = {}
-            for file in sorted(folder.glob("model*.safetensors")):
-                weights.update(load_file(file))
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{folder}: damaged checkpoint ({error}); use another") from error
-        # A model of another architecture would load and compute nonsense.
-        problems = [
-            f"{name} {hf_config[name]!r}"
-            for name, value in HF_ARCHITECTURE.items()
-            if hf_config.get(name, value) != value
-        ]
-        problems += [
-            f"no {name}" for name in HF_NAMES.values() if not isinstance(hf_config.get(name), int)
-        ]
-        if problems:
-            raise ValueError(
-                f"{folder}: not a GPT-2 that this model computes: {', '.join(problems)}"
-            )
-        config = GPTConfig(**{ours: hf_config[theirs] for ours, theirs in HF_NAMES.items()})
-        with torch.device("meta"):  # no memory and no random weights, only to be replaced
-            model = cls(config)
-        model._load_hf_weights(weights, folder)
+        folder = Path(source)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; give the folder that it is in")
+        if not folder.exists():
+            folder = download_model(str(source))
+        with ExitStack() as files:
+            try:
+                hf_config = read_json(folder / "config.json", dict[str, Any])
+                weights = _open_weights(folder, files)
+            except (OSError, ValueError, SafetensorError) as error:
+                raise ValueError(
+                    f"{folder}: damaged checkpoint ({first_line(error)}); use another"
+                ) from error
+            config = _read_config(hf_config, folder)
+            # A model of ten million layers, or of more memory than there is, is not even begun.
+            problems = _size_problems(config, weights)
+            if problems:
+                raise _not_of_config(folder, problems)
+            with torch.device("meta"):  # no memory and no random weights, only to be replaced
+                model = cls(config)
+            try:
+                model._load_hf_weights(weights, folder)
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{folder}: damaged checkpoint ({first_line(error)}); use another"
+                ) from error
         return model
 
-    def _load_hf_weights(self, weights: dict[str, Tensor], folder: Path) -> None:
-        # OpenAI's files lack the prefix; `attn.bias` in them is the causal mask, not a parameter.
-        weights = {name.removeprefix("transformer."): value for name, value in weights.items()}
+    def _load_hf_weights(self, weights: "HFWeights", folder: Path) -> None:
+        weights = dict(weights)
         head = weights.pop("lm_head.weight", None)
         loaded: dict[str, Tensor] = {}
         problems = []
         for name, parameter in self.transformer.named_parameters():
-            value = weights.pop(name, None)
-            if value is not None and name.endswith(CONV1D):
-                value = value.T
-            if value is None:
+            weight = weights.pop(name, None)
+            if weight is None:
                 problems.append(f"{name} is missing")
-            elif value.shape != parameter.shape:
-                problems.append(f"{name} is of shape {tuple(value.shape)}")
-            else:
-                loaded[name] = value.float().clone(memory_format=torch.contiguous_format)
+                continue
+            shape = weight.shape[::-1] if name.endswith(CONV1D) else weight.shape
+            if shape != parameter.shape:
+                problems.append(f"{name} is of shape {shape}")
+            elif weight.dtype not in FLOATS:
+                problems.append(f"{name} is of type {weight.dtype}, which is not floating point")
+            elif not problems:
+                loaded[name] = weight.read(transposed=name.endswith(CONV1D))
+                if not is_finite(loaded[name]):
+                    problems.append(f"{name} is not finite")
+        # OpenAI's files have the causal mask, which is not a parameter.
         masks = (".attn.bias", ".attn.masked_bias")
         problems += [name for name in weights if not name.endswith(masks)]
-        if (
-            not problems
-            and head is not None
-            and not torch.equal(head.float(), loaded["wte.weight"])
-        ):
-            problems.append("its head is not tied to the embedding")
+        if not problems and head is not None:
+            same = head.dtype in FLOATS and head.shape == loaded["wte.weight"].shape
+            if not same or not torch.equal(head.read(), loaded["wte.weight"]):
+                problems.append("its head is not tied to the embedding")
         if problems:
-            raise ValueError(f"{folder}: not a GPT-2 of its config.json: {', '.join(problems[:3])}")
+            raise _not_of_config(folder, problems)
         self.transformer.load_state_dict(loaded, assign=True)
         self.lm_head.weight = self.transformer.wte.weight
 
@@ -415,3 +432,113 @@ class GPT(nn.Module):
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         # safetensors makes its file private to the user; give it the modes of its neighbour
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
+
+
+# ---- reading Hugging Face's files ----------------------------------------------------------------
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that are weights
+
+
+@dataclass(frozen=True)
+class HFWeight:
+    """A tensor of a safetensors file, of which only the header was read."""
+
+    file: Any
+    """What safe_open returns."""
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self, transposed: bool = False) -> Tensor:
+        """Its values in fp32."""
+        value: Tensor = self.file.get_tensor(self.name)
+        return (
+            (value.T if transposed else value).float().clone(memory_format=torch.contiguous_format)
+        )
+
+
+HFWeights = dict[str, HFWeight]
+
+
+def _open_weights(folder: Path, files: ExitStack) -> HFWeights:
+    """The tensors of a folder by name, without the prefix "transformer.", which OpenAI's lack.
+
+    They are those of model.safetensors or of the files that model.safetensors.index.json names:
+    any other file in the folder is not this model's. Raises ValueError, OSError or SafetensorError.
+    """
+    path = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    file_of: dict[str, Path] | None = None
+    paths = [path]
+    if index.exists() and not path.exists():
+        file_of = {name: folder / file for name, file in _read_index(index).items()}
+        paths = sorted(set(file_of.values()))
+    weights: HFWeights = {}
+    for path in paths:
+        require_regular_file(path)
+        file = files.enter_context(safe_open(path, framework="pt"))
+        for name in file.keys():  # noqa: SIM118  # it is not a dict
+            if file_of is not None and file_of.get(name) != path:
+                continue
+            header = file.get_slice(name)
+            key = name.removeprefix("transformer.")
+            if key in weights:
+                raise ValueError(f"{path} holds {key} twice")
+            weights[key] = HFWeight(file, name, tuple(header.get_shape()), header.get_dtype())
+    return weights
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Which file of the folder holds each tensor of a model in several files."""
+    content = read_json(path, dict[str, Any])
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: no weight_map")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise ValueError(f"{path}: weight_map: {reprlib.repr(file)} is not a file beside it")
+    return weight_map
+
+
+def _read_config(hf_config: dict[str, Any], folder: Path) -> GPTConfig:
+    """The shape that config.json gives. Raises ValueError when GPT cannot compute it."""
+    # A model of another architecture would load and compute nonsense. reprlib: values may be huge.
+    problems = [
+        f"{name} {reprlib.repr(hf_config[name])}"
+        for name, value in HF_ARCHITECTURE.items()
+        if hf_config.get(name, value) != value
+    ]
+    for name in HF_NAMES.values():
+        value = hf_config.get(name)
+        if type(value) is not int:  # bool is a subclass of int
+            problems.append(f"no {name}" if value is None else f"{name} {reprlib.repr(value)}")
+        elif abs(value) >= 2**63:  # neither tensors nor floats take it
+            problems.append(f"{name} is above 2**63")
+    if not problems:
+        config = GPTConfig(**{ours: hf_config[theirs] for ours, theirs in HF_NAMES.items()})
+        problems = config.validate()
+        for ours, theirs in HF_NAMES.items():
+            problems = [problem.replace(f"model.{ours}", theirs) for problem in problems]
+    if problems:
+        raise ValueError(
+            f"{folder}/config.json: not a GPT-2 that this model computes: {', '.join(problems)}"
+        )
+    return config
+
+
+def _size_problems(config: GPTConfig, weights: HFWeights) -> list[str]:
+    """Where the weights are not of the sizes that determine those of the whole model."""
+    problems = []
+    for name, rows in (("wte.weight", config.vocab_size), ("wpe.weight", config.context_length)):
+        if name not in weights:
+            problems.append(f"{name} is missing")
+        elif weights[name].shape != (rows, config.d_model):
+            problems.append(f"{name} is of shape {weights[name].shape}")
+    layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
+    if config.n_layers > len(layers):
+        problems.append(f"h.{len(layers)}.ln_1.weight is missing, n_layer is {config.n_layers}")
+    return problems
+
+
+def _not_of_config(folder: Path, problems: list[str]) -> ValueError:
+    return ValueError(f"{folder}: not a GPT-2 of its config.json: {', '.join(problems[:3])}")

@@ -2,17 +2,30 @@
 
 A RUN is a log folder of train.py, a metrics.jsonl or build-nanogpt's log.txt; NAME=RUN names it.
 One run gets plot.png and report.md in its folder, several get overlay.png in the first one's.
+With --out, the report of a single run is written next to the picture.
 
 Example: python plot.py ours=log lineage=build-nanogpt/log/log.txt --x tokens --out curves.pdf
 """
 
 from __future__ import annotations
 
+from common import (
+    Bounds,
+    atomic_write,
+    check_options,
+    exit_with_one_line,
+    parse_options,
+    require_regular_file,
+)
+
+import errno
 import math
 import os
 import re
 import time
+import warnings
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -22,8 +35,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from common import atomic_write, exit_with_one_line
-from metrics import Row, parse_row
+from metrics import Row, RunConfig, parse_row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,6 +53,7 @@ GPT3_SCORES = {"acc_norm": 0.337}
 GPT2_VAL_LOSS = 3.2924
 FINEWEB_EDU = "edufineweb"
 
+REPORT_TITLE = "# Run report: "  # how a report begins, before the name of its run
 # What the report calls the kinds of lines that take time.
 KIND_NAMES = {
     "val": "validation",
@@ -60,6 +73,14 @@ MARKERS = ("o", "s", "^", "D", "v")
 # Line widths in points.
 THICK = 1.5
 THIN = 0.7
+NAME_LENGTH = 60  # characters of a run's name that a legend has room for
+
+# The numbers of a run are computed in float32: what is larger than its largest is damaged, and
+# would overflow the scale of an axis.
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+# No log has such lines or such a size, at 250 bytes a step. Reading more would fill the memory.
+MAX_LINE = 2**24  # characters
+MAX_LOG = 2**32  # bytes
 
 
 @dataclass(frozen=True)
@@ -72,7 +93,7 @@ class PlotConfig:
     """The picture. Default: plot.png (several runs: overlay.png) in the first run's folder."""
     format: Literal["png", "svg", "pdf"] | None = None
     """Format of the picture. Default: the suffix of --out, else png."""
-    smooth: int | None = None
+    smooth: Annotated[int | None, Bounds(0, 2**31)] = None
     """Logged steps in the moving average; 0 draws raw values only. Default: 2% of the steps."""
     x: XAxis = "steps"
     """Horizontal axis. Hours are running time, without the pauses between processes."""
@@ -81,8 +102,17 @@ class PlotConfig:
     show: bool = False
     """Open a window as well."""
 
+    def validate(self) -> None:
+        """Raise ValueError naming the options that are out of range."""
+        if problems := check_options(self):
+            raise ValueError("; ".join(problems))
+
 
 # ---- reading a log -------------------------------------------------------------------------------
+
+
+class NothingToDraw(ValueError):
+    """A log without any line that could be drawn, such as that of a run that has just started."""
 
 
 @dataclass
@@ -96,28 +126,39 @@ class RunLog:
     path: Path
     rows: dict[str, dict[int, dict[str, Any]]] = field(default_factory=lambda: defaultdict(dict))
     start: Row | None = None  # the newest process's "run" line
-    config: dict[str, Any] = field(default_factory=dict)  # its configuration
+    config: RunConfig = field(default_factory=RunConfig)  # its configuration
     dataset: str | None = None  # what the names of its shards begin with, where that is recorded
     hours: float = 0.0  # from each process's first line to its last, summed
     notes: list[str] = field(default_factory=list)  # what is unusual, for the user
 
     def series(self, kind: str, name: str, x: XAxis = "steps") -> tuple[np.ndarray, np.ndarray]:
-        """Positions and values, (n,) float64 in order of step; NaN where a value is missing.
+        """Positions and values, (n,) float64 in order of step; NaN where one is missing.
 
         Raises ValueError when the log does not record the axis ``x``.
         """
         rows = self.rows[kind].values()
-        if any(x not in row["at"] for row in rows):
+        xs = as_numbers(row["at"].get(x) for row in rows)
+        if len(xs) and np.isnan(xs).all():
             raise ValueError(f"{self.path}: its lines do not record {x}; use --x steps")
-        # NumPy makes NaN of None, which stands for it in JSON too.
-        ys = np.array([row.get(name) for row in rows], dtype=np.float64)
-        return np.array([row["at"][x] for row in rows], dtype=np.float64), ys
+        return xs, as_numbers(row.get(name) for row in rows)
+
+
+def as_numbers(values: Iterable[Any]) -> np.ndarray:
+    """Values of a log as (n,) float64; NaN for what is not a number, or too large to be one."""
+    numbers = [value if type(value) in (int, float) else math.nan for value in values]
+    try:
+        array = np.array(numbers, dtype=np.float64)
+    except OverflowError:  # JSON's integers may have any number of digits
+        array = np.array([v if abs(v) < MAX_FLOAT32 else math.nan for v in numbers], np.float64)
+    array[np.abs(array) > MAX_FLOAT32] = np.nan
+    return array
 
 
 def parse_line(line: str) -> Row | None:
     """A line of metrics.jsonl or log.txt, or None when it is incomplete or something else."""
-    # The pattern includes the end of the line: without it the number may have lost digits.
-    match = re.fullmatch(r"(\d+) (train|val|hella) (nan|inf|[\d.]+)\n", line)
+    # The pattern includes the end of the line: without it the number may have lost digits. 15
+    # digits are more than any step has, and what is beyond them is no line of such a log.
+    match = re.fullmatch(r"([0-9]{1,15}) (train|val|hella) (nan|inf|[0-9]+[.]?[0-9]*)\n", line)
     if match is None:
         return parse_row(line)
     step = int(match[1])
@@ -127,23 +168,39 @@ def parse_line(line: str) -> Row | None:
     return Row(kind=match[2], step=step, loss=value)
 
 
+def find_log(path: Path) -> Path:
+    """The log that a RUN of the command line is: a file, or the one in a folder.
+
+    Raises FileNotFoundError when there is none, ValueError when it cannot be a log.
+    """
+    candidates = [path / "metrics.jsonl", path / "log.txt"] if path.is_dir() else [path]
+    file = next((candidate for candidate in candidates if candidate.exists()), None)
+    if file is None:
+        raise FileNotFoundError(f"{path}: no such run; train first, or give another folder")
+    require_regular_file(file)
+    if file.stat().st_size > MAX_LOG:
+        raise ValueError(f"{file}: {file.stat().st_size:,} bytes are too many for a log")
+    return file
+
+
 def read_metrics(path: Path | str, name: str | None = None) -> RunLog:
     """Read a log folder, a metrics.jsonl or a log.txt; the last line of a (kind, step) counts.
 
-    Raises FileNotFoundError when there is no log, ValueError when there is nothing to draw.
+    Raises FileNotFoundError when there is no log, NothingToDraw when no step is in it, and
+    ValueError when it cannot be a log.
     """
-    candidates = (Path(path), Path(path, "metrics.jsonl"), Path(path, "log.txt"))
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{path}: no such run; train first, or give another folder")
-    run = RunLog(name=name or file.resolve().parent.name, path=file)
+    file = find_log(Path(path))
+    # A name may be anything: matplotlib cannot draw line breaks and what is not Unicode.
+    shown = name or file.resolve().parent.name
+    run = RunLog(name="".join(c if c.isprintable() else "?" for c in shown), path=file)
     if file.suffix == ".txt":
         # Not in the log: these are constants of build-nanogpt's train_gpt2.py.
         run.config = {"batch_tokens": 524_288}
         run.dataset = FINEWEB_EDU
 
     # A process that is killed may leave half a line, or half of a character in UTF-8.
-    with file.open(encoding="utf-8", errors="replace") as lines:
+    with file.open(encoding="utf-8", errors="replace") as log:
+        lines = iter(lambda: log.readline(MAX_LINE), "")
         parsed = [parse_line(line) for line in lines if line.strip()]
     if None in parsed:
         run.notes.append(f"torn or unreadable lines left out: {parsed.count(None)}")
@@ -167,8 +224,9 @@ def read_metrics(path: Path | str, name: str | None = None) -> RunLog:
             run.dataset = row.get("dataset")
             previous_time = math.inf
         at: dict[str, float] = {"steps": step}
-        if "batch_tokens" in run.config:
-            at["tokens"] = step * run.config["batch_tokens"]
+        batch_tokens = run.config.get("batch_tokens")
+        if batch_tokens is not None:
+            at["tokens"] = step * batch_tokens
         if "time" in row:
             # Not below 0, in case the clock was set back.
             run.hours += max(0.0, row["time"] - previous_time) / 3600
@@ -179,7 +237,7 @@ def read_metrics(path: Path | str, name: str | None = None) -> RunLog:
         run.rows[logged["kind"]][logged["step"]] = logged
 
     if not any(run.rows[kind] for kind in ("train", "val", "hellaswag")):
-        raise ValueError(f"{file}: nothing to draw in it yet; wait for the first step, or train")
+        raise NothingToDraw(f"{file}: nothing to draw in it yet; wait for the first step, or train")
     steps, losses = run.series("train", "loss")
     lost = steps[~np.isfinite(losses)]
     if len(lost):
@@ -192,11 +250,37 @@ def read_metrics(path: Path | str, name: str | None = None) -> RunLog:
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     """Centred average over (n,) values; those that are not finite do not count."""
+    window = min(window, len(values))
     finite = np.isfinite(values)
-    kernel = np.ones(min(window, len(values)))
-    counts = np.convolve(finite, kernel, "same")
-    sums = np.convolve(np.where(finite, values, 0.0), kernel, "same")
+    counts = moving_sum(finite.astype(np.float64), window)
+    sums = moving_sum(np.where(finite, values, 0.0), window)
     return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+
+
+def moving_sum(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred sums over (n,) values, in n log(window) additions.
+
+    Unlike differences of cumulative sums they lose nothing beside one value that is very large.
+    """
+    # terms[i] is the sum of the ``size`` values from i on. The window is put together from the
+    # powers of two of which it is the sum.
+    terms = np.pad(values, (window // 2, max(0, window - 1) // 2))
+    sums = np.zeros(len(values))
+    position = 0
+    size = 1
+    while size <= window:
+        if window & size:
+            sums += terms[position : position + len(values)]
+            position += size
+        terms = terms[:-size] + terms[size:]
+        size *= 2
+    return sums
+
+
+def standard_error(accuracy: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Of the proportion of ``n`` examples; NaN where they are not known, or not a proportion."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.sqrt(accuracy * (1 - accuracy) / n)
 
 
 def draw_published(ax: Axes, value: float, name: str, dashes: str) -> None:
@@ -255,7 +339,7 @@ def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> No
         # the error is then NaN, and not drawn.
         xs, accuracy = run.series("hellaswag", "acc_norm", x)
         _, n = run.series("hellaswag", "n", x)
-        error = np.sqrt(accuracy * (1 - accuracy) / n)
+        error = standard_error(accuracy, n)
         hellaswag.fill_between(xs, accuracy - error, accuracy + error, alpha=0.15, lw=0)
 
         # One legend for what the lines of a run are, and below another for which run is which.
@@ -265,8 +349,13 @@ def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> No
                 del what[1]
             loss.legend(loss.lines, what, loc="upper right")
     if len(runs) > 1:
-        names = [run.name for run in runs]
-        figure.legend(hellaswag.lines, names, loc="outside upper center", ncols=4)
+        numbers = [str(number) for number in range(len(runs))]
+        names = figure.legend(hellaswag.lines, numbers, loc="outside upper center", ncols=4)
+        for text, run in zip(names.get_texts(), runs, strict=True):
+            # Not as labels above: matplotlib skips those that begin with "_". Nor is "$" a formula.
+            text.set_parse_math(False)
+            long = len(run.name) > NAME_LENGTH
+            text.set_text(f"{run.name[:NAME_LENGTH]}..." if long else run.name)
 
     loss.set_ylabel("loss (nats per token)")
     hellaswag.set_ylabel("HellaSwag acc_norm")
@@ -284,8 +373,8 @@ def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> No
     mfu.set(ylabel="MFU (thin)", ylim=(0, 1))
     # A scale of tokens above the steps, if a step has as many tokens in all runs.
     batches = {run.config.get("batch_tokens") for run in runs}
-    if x == "steps" and len(batches) == 1 and None not in batches:
-        (tokens,) = batches
+    tokens = next(iter(batches)) if len(batches) == 1 else None
+    if x == "steps" and tokens is not None:
         for ax in (loss, hellaswag):
             top = ax.secondary_xaxis("top", functions=(lambda s: s * tokens, lambda t: t / tokens))
             top.set_xlabel("tokens")
@@ -298,8 +387,9 @@ def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> No
 
     # The range of the losses without the steep beginning, a twentieth of all points, which would
     # flatten what follows.
-    losses = [y for line in loss.lines for y in line.get_ydata() if np.isfinite(y)]
-    low, high = np.percentile(losses or [GPT2_VAL_LOSS], (0.1, 95))
+    losses = np.concatenate([line.get_ydata() for line in loss.lines])
+    losses = losses[np.isfinite(losses)]
+    low, high = np.percentile(losses if len(losses) else [GPT2_VAL_LOSS], (0.1, 95))
     if any(run.dataset == FINEWEB_EDU for run in runs):
         draw_published(loss, GPT2_VAL_LOSS, "GPT-2 124M,\nFineWeb-Edu,\nT=1024", dashes="-.")
         low = min(low, GPT2_VAL_LOSS)
@@ -314,20 +404,34 @@ def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> No
 
 def plot(runs: list[RunLog], out: Path, x: XAxis = "steps", smooth: int | None = None) -> None:
     """Draw the runs into ``out``, a .png, .svg or .pdf; this needs no display."""
+    require_matplotlib()
     from matplotlib import style
     from matplotlib.figure import Figure
 
     # pyplot.figure() would keep every picture of --watch in memory.
     figure = Figure(FIGURE_INCHES)
-    with style.context(STYLE):
+    with style.context(STYLE), warnings.catch_warnings():
+        # Of a name in a script that the font does not have, or a panel without room.
+        warnings.filterwarnings("ignore", category=UserWarning)
         draw(figure, runs, x, smooth)
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(out) as file:
             figure.savefig(file, format=out.suffix.removeprefix("."), dpi=200)
 
 
+def require_matplotlib() -> None:
+    """Raise ValueError that says how to install matplotlib where it is missing."""
+    try:
+        import matplotlib  # noqa: F401 - only whether it is there
+    except ImportError as error:
+        raise ValueError(f"no matplotlib ({error}): pip install -r requirements.txt") from None
+
+
 def plot_run(log_dir: Path | str) -> None:
-    """Write plot.png and report.md into a log folder; raises what ``read_metrics`` does."""
+    """Write plot.png and report.md into a log folder.
+
+    Raises what ``read_metrics`` does, and OSError when they cannot be written.
+    """
     plot([read_metrics(log_dir)], Path(log_dir) / "plot.png")
     report(log_dir)
 
@@ -335,12 +439,20 @@ def plot_run(log_dir: Path | str) -> None:
 # ---- the report ----------------------------------------------------------------------------------
 
 
+def cell_text(value: object) -> str:
+    """A value of a log as text."""
+    try:
+        return str(value)
+    except (RecursionError, ValueError):  # nested too deep, or an integer of too many digits
+        return "(too large to show)"
+
+
 def markdown_table(rows: list[TableRow]) -> str:
     """A Markdown table headed by its first row; shorter rows end in empty cells."""
     width = len(rows[0])
     lines = []
     for row in rows:
-        cells = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
+        cells = [cell_text(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
         cells += [""] * (width - len(cells))
         lines.append(f"| {' | '.join(cells)} |")
     lines.insert(1, "|---" * width + "|")
@@ -353,8 +465,11 @@ def result_rows(run: RunLog) -> list[TableRow]:
     _, losses = run.series("train", "loss")
     if len(losses):
         steps_done = max(run.rows["train"]) + 1
-        rows.append(("steps", f"{steps_done:,} of {run.config['max_steps']:,}"))
-        rows.append(("training tokens", f"{steps_done * run.config['batch_tokens']:,}"))
+        max_steps = run.config.get("max_steps")
+        rows.append(("steps", f"{steps_done:,}{f' of {max_steps:,}' if max_steps else ''}"))
+        batch_tokens = run.config.get("batch_tokens")
+        if batch_tokens is not None:
+            rows.append(("training tokens", f"{steps_done * batch_tokens:,}"))
     recent = losses[-100:]
     if np.isfinite(recent).any():
         rows.append((f"training loss, last {len(recent)} steps", f"{np.nanmean(recent):.4f}"))
@@ -364,15 +479,19 @@ def result_rows(run: RunLog) -> list[TableRow]:
         rows.append((f"validation loss, step {steps[-1]:,.0f}", f"{losses[-1]:.4f}", gpt2))
     if run.rows["hellaswag"]:
         step, scores = max(run.rows["hellaswag"].items())
-        n = scores["n"]
+        (n,) = as_numbers([scores.get("n")])
+        examples = f", {n:,.0f} examples" if n > 0 else ""
         for name, gpt2_score in GPT2_SCORES.items():
             # Versions before harness_acc did not record it, nor any standard error.
-            score = scores.get(name)
-            if score is not None:
-                error = scores.get(f"{name}_stderr", math.sqrt(score * (1 - score) / n))
-                what = f"HellaSwag {name}, step {step:,}, {n:,} examples"
-                gpt3_score = GPT3_SCORES.get(name, "")
-                rows.append((what, f"{score:.4f} ± {error:.4f}", gpt2_score, gpt3_score))
+            names = (name, f"{name}_stderr")
+            score, error = as_numbers(scores.get(key) for key in names)
+            if np.isnan(score):
+                continue
+            if np.isnan(error):
+                error = standard_error(score, n)
+            value = f"{score:.4f}" if np.isnan(error) else f"{score:.4f} ± {error:.4f}"
+            what = f"HellaSwag {name}, step {step:,}{examples}"
+            rows.append((what, value, gpt2_score, GPT3_SCORES.get(name, "")))
     return rows
 
 
@@ -391,20 +510,24 @@ def speed_rows(run: RunLog) -> list[TableRow]:
             rows.append((what, format(statistic(values), form)))
 
     seconds = {
-        KIND_NAMES.get(kind, kind): sum(row.get("seconds", 0.0) for row in by_step.values())
-        for kind, by_step in run.rows.items()
+        KIND_NAMES.get(kind, kind): float(
+            np.nansum(as_numbers(r.get("seconds") for r in by.values()))
+        )
+        for kind, by in run.rows.items()
     }
     _, ms = run.series("train", "ms")
-    if len(ms):
+    if np.isfinite(ms).any():
         # What a process's first step takes beyond others is mostly the compiler's time. It has the
         # number of the step at which the process started.
         first_steps = run.rows["run"].keys() & run.rows["train"].keys()
-        first_ms = [run.rows["train"][step]["ms"] for step in first_steps]
-        extra = max(0.0, sum(first_ms) - len(first_ms) * np.median(ms)) / 1000
+        first_ms = as_numbers(run.rows["train"][step].get("ms") for step in first_steps)
+        extra = max(0.0, float(np.nansum(first_ms - np.nanmedian(ms)))) / 1000
         seconds["first steps beyond the median (compile)"] = extra
-        seconds["training"] = sum(ms) / 1000 - extra
-    total = run.hours * 3600
-    seconds["other"] = total - sum(seconds.values())
+        seconds["training"] = float(np.nansum(ms)) / 1000 - extra
+    parts = sum(seconds.values())
+    # By the machine's clock, which may stand still or be set back; the parts are not.
+    total = max(run.hours * 3600, parts)
+    seconds["other"] = total - parts
     rows.append(("time, all", f"{total:,.1f} s"))
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         # Less than that would be printed as 0.0.
@@ -414,25 +537,25 @@ def speed_rows(run: RunLog) -> list[TableRow]:
 
 
 def report(run_dir: Path | str, picture: Path | None = None) -> Path:
-    """Write report.md beside a run's log; it shows ``picture``, by default the plot.png there.
+    """Write report.md beside ``picture``, by default the plot.png beside the run's log.
 
     Raises ValueError when the log has no "run" line, as a log.txt never has.
     """
     run = read_metrics(run_dir)
     if run.start is None:
         raise ValueError(f"{run.path}: no line of kind run in it, so there is no report")
-    folder = run.path.parent
-    shown = os.path.relpath(picture or folder / "plot.png", folder)
+    picture = picture or run.path.with_name("plot.png")
     # The line itself last: its device and dtype are what "auto" in the configuration has become.
     model = run.config.get("model", {})
-    settings = {**run.config, **model, **run.start.get("versions", {}), **run.start}
-    settings["started"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.start["time"]))
+    settings: dict[str, Any] = {**run.config, **model, **run.start.get("versions", {}), **run.start}
+    if "time" in run.start:
+        settings["started"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.start["time"]))
     for name in ("kind", "step", "time", "config", "model", "versions"):
         settings.pop(name, None)
     head = ("", "this run", "GPT-2 124M, published", "GPT-3 124M, published")
     parts = [
-        f"# Run report: {run.name}",
-        f"![curves]({shown})",
+        f"{REPORT_TITLE}{run.name}",
+        f"![curves]({picture.name})",
         markdown_table([head, *result_rows(run)]),
         "± standard error. Published: build-nanogpt (loss at T=1024); GPT-3's table H.1.",
         markdown_table([("speed and time", "this run"), *speed_rows(run)]),
@@ -440,38 +563,82 @@ def report(run_dir: Path | str, picture: Path | None = None) -> Path:
         *(f"Note: {note}." for note in run.notes),
     ]
     # The last sample of each prompt: a run that was resumed may have had another one before.
-    samples = {row["prompt"]: row for row in run.rows["sample"].values()}
+    samples = {row.get("prompt"): row for row in run.rows["sample"].values()}
     for row in samples.values():
         # Indented by four, a text is shown as it is.
         parts.append(f"Sample of step {row['step']:,}:")
-        parts.append("    " + row["text"].replace("\n", "\n    "))
-    with atomic_write(folder / "report.md") as file:
-        file.write(("\n\n".join(parts) + "\n").encode())
-    return folder / "report.md"
+        parts.append("    " + row.get("text", "").replace("\n", "\n    "))
+    out = picture.with_name("report.md")
+    with atomic_write(out) as file:
+        # JSON's strings may hold halves of characters, which UTF-8 has not.
+        file.write(("\n\n".join(parts) + "\n").encode(errors="replace"))
+    return out
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
-def draw_once(config: PlotConfig) -> None:
-    """Read the runs, write the picture and, for a single run of ours, the report."""
+def read_runs(arguments: tuple[str, ...]) -> list[RunLog]:
+    """The runs that the command line names as RUN or NAME=RUN."""
     runs = []
-    for argument in config.runs:
+    for argument in arguments:
         name, _, path = argument.rpartition("=")
-        # A path may itself contain "=".
-        if Path(argument).exists():
+        # A path may itself contain "=". Unlike pathlib's, this exists() answers for any text.
+        if os.path.exists(argument):
             name = ""
             path = argument
         runs.append(read_metrics(path, name or None))
+    return runs
+
+
+def choose_picture(config: PlotConfig, runs: list[RunLog]) -> Path:
+    """The file of the picture. Raises ValueError when it cannot be written or is an input."""
     out = config.out or runs[0].path.with_name("plot.png" if len(runs) == 1 else "overlay.png")
-    if config.format is not None:
+    if config.format is not None and out.name:
         out = out.with_suffix(f".{config.format}")
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--out {out} must end in .png, .svg or .pdf, or give a --format")
-    plot(runs, out, config.x, config.smooth)
-    print(f"wrote {out}")
-    if len(runs) == 1 and runs[0].start is not None:
-        print(f"wrote {report(runs[0].path, out)}")
+    if out.exists():
+        if not out.is_file():
+            raise ValueError(f"--out {out} is not a regular file; give another")
+        if any(out.samefile(run.path) for run in runs):
+            raise ValueError(f"--out {out} is the log itself; give another")
+    return out
+
+
+def may_write_report(run: RunLog, picture: Path) -> bool:
+    """Whether the report of this run can go next to the picture without a loss.
+
+    Elsewhere than in the run's folder a report.md may be the user's own, or of another run.
+    """
+    path = picture.with_name("report.md")
+    if path.resolve() == run.path.resolve():
+        return False
+    if not path.exists() or picture.parent.resolve() == run.path.parent.resolve():
+        return True
+    if not path.is_file():
+        return False
+    title = f"{REPORT_TITLE}{run.name}\n".encode(errors="replace")
+    with path.open("rb") as file:
+        return file.read(len(title)) == title
+
+
+def draw_once(config: PlotConfig) -> None:
+    """Read the runs, write the picture and, for a single run of ours, the report."""
+    runs = read_runs(config.runs)
+    out = choose_picture(config, runs)
+    try:
+        plot(runs, out, config.x, config.smooth)
+        print(f"wrote {out}")
+        if len(runs) == 1 and runs[0].start is not None:
+            if may_write_report(runs[0], out):
+                print(f"wrote {report(runs[0].path, out)}")
+            else:
+                print(f"{out.with_name('report.md')} is another file: left as it is, no report")
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+            raise
+        raise ValueError(f"cannot write {out} ({error.strerror}); give another --out") from None
     for run in runs:
         for note in run.notes:
             print(f"{run.name}: {note}")
@@ -487,15 +654,27 @@ def draw_once(config: PlotConfig) -> None:
             pyplot.show()
 
 
+def watch(config: PlotConfig) -> None:
+    """Draw again every 10 seconds, until Ctrl-C. A log that is not there yet is waited for."""
+    while True:
+        try:
+            draw_once(config)
+        except (FileNotFoundError, NothingToDraw) as error:
+            print(f"waiting: {error}", flush=True)
+        time.sleep(10.0)
+
+
 def main() -> None:
-    config = tyro.cli(PlotConfig, description=__doc__)
     with exit_with_one_line():
-        draw_once(config)
+        config = parse_options(PlotConfig, description=__doc__)
+        config.validate()
+        require_matplotlib()
+        if not config.watch:
+            draw_once(config)
+            return
         # Ctrl-C is the way to end --watch, and so no failure.
         with suppress(KeyboardInterrupt):
-            while config.watch:
-                time.sleep(10.0)
-                draw_once(config)
+            watch(config)
 
 
 if __name__ == "__main__":

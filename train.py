@@ -9,8 +9,24 @@ models. Steps count from 0: step s follows s optimizer updates, and its logged l
 weights before its own update.
 """
 
+from common import (
+    END_OF_TEXT,
+    Bounds,
+    DistInfo,
+    DtypeName,
+    FolderLock,
+    check_options,
+    choose_dtype,
+    exit_with_one_line,
+    first_line,
+    lock_folder,
+    parse_options,
+    require_regular_file,
+)
+
 import argparse
 import gc
+import hashlib
 import importlib.util
 import json
 import os
@@ -18,13 +34,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-import filelock
 import torch
 import torch._functorch.config
 import torch.distributed as dist
-import tyro
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -32,15 +46,6 @@ import dataset
 import hellaswag
 import metrics
 import plot
-from common import (
-    END_OF_TEXT,
-    DistInfo,
-    DtypeName,
-    choose_dtype,
-    exit_with_one_line,
-    first_line,
-    lock_folder,
-)
 from data_loader import StepLayout, TokenDataset, TokenLoader
 from eval import Sampler, SamplingOptions, validation_loss
 from metrics import MetricsLogger
@@ -51,6 +56,10 @@ Preset = Literal["gpt-xs", "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "g
 
 MAX_SKIPPED = 10  # consecutive skipped updates before the run ends with an error
 CPU_COMPILE_STEPS = 200  # compiling takes a CPU about a minute: fewer steps do not recoup it
+# Ranks may differ in these: paths on their machines, and what rank 0 alone uses.
+LOCAL_SETTINGS = ("data_dir", "log_dir", "hellaswag_data", "device", "tensorboard", "wandb")
+
+Count = Annotated[int, Bounds(0, 10**9)]  # of steps or files; 0 stands for none
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -71,56 +80,56 @@ class TrainConfig:
     """Resume from the latest valid checkpoint in --log-dir, or start from scratch without one."""
     model: GPTConfig = field(default_factory=GPTConfig)
 
-    batch_tokens: int = 524_288
+    batch_tokens: Annotated[int, Bounds(1, 2**40)] = 524_288
     """Tokens in a step, over all devices."""
-    micro_batch: int = 64
+    micro_batch: Annotated[int, Bounds(1, 2**20)] = 64
     """Sequences per device and micro-step; gradients are accumulated to --batch-tokens."""
-    max_steps: int = 19_073
+    max_steps: Annotated[int, Bounds(1, 10**9)] = 19_073
     """Optimizer updates in the whole run."""
-    warmup_steps: int = 715
+    warmup_steps: Count = 715
     """Updates of linear warm-up before the cosine decay."""
-    max_lr: float = 6e-4
+    max_lr: Annotated[float, Bounds(0, 100)] = 6e-4
     """Peak learning rate, at the end of the warm-up."""
-    min_lr: float = 6e-5
+    min_lr: Annotated[float, Bounds(0, 100)] = 6e-5
     """Learning rate of the last update."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Bounds(0, 100)] = 0.1
     """AdamW's weight decay, on tensors of 2 or more dimensions."""
-    grad_clip: float = 1.0
+    grad_clip: Annotated[float, Bounds(1e-9, 1e9)] = 1.0
     """Maximum norm of the gradient; a larger gradient is scaled down to it."""
 
-    val_every: int = 250
+    val_every: Count = 250
     """Steps between validation losses; 0 disables them, as for every interval below."""
-    val_tokens: int = 10_485_760
+    val_tokens: Annotated[int, Bounds(0, 2**50)] = 10_485_760
     """Validation tokens, the same ones each time."""
-    hellaswag_every: int = 250
+    hellaswag_every: Count = 250
     """Steps between HellaSwag evaluations."""
     hellaswag_data: Path | None = None
     """HellaSwag as a JSONL file. Default: Rowan/hellaswag from the Hugging Face hub."""
-    sample_every: int = 1000
+    sample_every: Count = 1000
     """Steps between samples."""
     sample_prompt: str = "Hello, I'm a language model,"
     """The text that the samples continue."""
-    checkpoint_every: int = 1000
+    checkpoint_every: Count = 1000
     """Steps between checkpoints. Unless this is 0 there is also one at the end of the run."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Count = 3
     """Newest checkpoints to keep; 0: all."""
 
     shuffle: bool = True
     """Read the data in a seeded random order, a new one each epoch; otherwise as it is stored."""
-    seed: int = 1337
+    seed: Annotated[int, Bounds(-(2**63), 2**64 - 1)] = 1337
     """Seed of the initial weights, the order of the data and the samples."""
     device: str = "auto"
     """cuda, cuda:1, mps or cpu; auto: the machine's accelerator, or the CPU without one."""
     dtype: DtypeName = "auto"
     """Precision of the matrix products; auto: bf16 where the device has it in hardware."""
     compile: bool = True
-    """Compile the training step; on a CPU only if at least 200 steps remain."""
-    loss_rows: int | None = None
+    """Compile the training step; on a CPU only if at least 200 steps remain, on mps never."""
+    loss_rows: Annotated[int | None, Bounds(0, 2**40)] = None
     """Tokens per chunk of the loss, which bounds the memory of the logits. Default: by device; 0:
     no chunks, the plain loss."""
     bf16_grads: bool = False
     """Exchange gradients in bf16: half the traffic between devices, less exact sums."""
-    profile: int = 0
+    profile: Annotated[int, Bounds(0, 10_000)] = 0
     """Trace this many steps with torch.profiler into trace_rank*.json of the log folder."""
     deterministic: bool = False
     """Use deterministic algorithms only: a GPU then repeats a run bit for bit."""
@@ -131,15 +140,10 @@ class TrainConfig:
 
     def validate(self, world_size: int) -> list[str]:
         """One message for each problem of these settings with ``world_size`` processes."""
-        problems = self.model.validate()
+        problems = check_options(self)
         add = problems.append
-        for name in ("batch_tokens", "micro_batch", "max_steps"):
-            if getattr(self, name) < 1:
-                add(f"{name} {getattr(self, name)} must be at least 1")
-        intervals = ("val_every", "hellaswag_every", "sample_every", "checkpoint_every")
-        for name in (*intervals, "warmup_steps", "keep_checkpoints", "profile", "loss_rows"):
-            if (getattr(self, name) or 0) < 0:
-                add(f"{name} {getattr(self, name)} must not be negative")
+        # The shape's own ranges are among those above; the rest needs a shape within them.
+        problems += [problem for problem in self.model.validate() if problem not in problems]
         if self.warmup_steps > self.max_steps:
             add(f"warmup_steps {self.warmup_steps} must not exceed max_steps {self.max_steps}")
         context = self.model.context_length
@@ -152,17 +156,18 @@ class TrainConfig:
                 f" processes);"
                 f" nearest: {nearest}"
             )
-        if not 0 <= self.min_lr <= self.max_lr:
+        if self.min_lr > self.max_lr:
             add(f"min_lr {self.min_lr} must be between 0 and max_lr {self.max_lr}")
-        if not self.grad_clip > 0:
-            add(f"grad_clip {self.grad_clip} must be greater than 0")
-        if not self.weight_decay >= 0:
-            add(f"weight_decay {self.weight_decay} must not be negative")
         if self.val_every and self.val_tokens < context:
             add(f"val_tokens {self.val_tokens} must be at least one window of {context} tokens")
         data = self.hellaswag_data
-        if self.hellaswag_every and data is not None and not data.is_file():
-            add(f"hellaswag_data {data}: no such file")
+        if self.hellaswag_every and data is not None:
+            try:
+                require_regular_file(data)
+            except FileNotFoundError:
+                add(f"hellaswag_data {data}: no such file")
+            except (ValueError, OSError) as error:
+                add(f"hellaswag_data: {first_line(error)}")
         for package, wanted in (("tensorboard", self.tensorboard), ("wandb", self.wandb)):
             if wanted and importlib.util.find_spec(package) is None:
                 add(f"--{package} needs a package: pip install {package}")
@@ -267,28 +272,97 @@ def start_profiler(path: Path, steps: int, logger: MetricsLogger) -> torch.profi
     return profiler
 
 
+def open_data(config: TrainConfig) -> tuple[TokenDataset, TokenDataset]:
+    """The training and the validation split. Raises ValueError when they are not complete."""
+    dataset.check_complete(config.data_dir)
+    context = config.model.context_length
+    train_data = TokenDataset(config.data_dir, "train", context)
+    return train_data, TokenDataset(config.data_dir, "val", context)
+
+
+def encode_prompt(config: TrainConfig) -> list[int]:
+    """The tokens that the samples continue. Raises ValueError when the model cannot do that."""
+    prompt = config.sample_prompt
+    remedy = "give another --sample-prompt, or --sample-every 0"
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # the command line had bytes that are no UTF-8
+        raise ValueError(f"sample_prompt {prompt!r} is not valid UTF-8; {remedy}") from None
+    tokens = dataset.encode_ordinary(prompt)
+    if not tokens:
+        raise ValueError(f"sample_prompt is empty; {remedy}")
+    if max(tokens) >= config.model.vocab_size:
+        raise ValueError(
+            f"sample_prompt {prompt!r}: token {max(tokens)} is outside the vocabulary of"
+            f" {config.model.vocab_size}; {remedy}"
+        )
+    return tokens
+
+
+def load_hellaswag(config: TrainConfig, device: torch.device) -> list[hellaswag.Example]:
+    """The examples, all of which the model can take: that is found out before the first step.
+
+    Raises ValueError or OSError when a file of the user's cannot be used, and ConnectionError
+    when the hub's data set cannot.
+    """
+    path = config.hellaswag_data
+    try:
+        examples = hellaswag.load_examples(path)
+        requests = tuple(request for example in examples for request in example.requests)
+        for request in requests:
+            largest = max(token for part in (request.context, *request.choices) for token in part)
+            if largest >= config.model.vocab_size:
+                raise ValueError(
+                    f"{request.where}: token {largest} is outside the vocabulary of"
+                    f" {config.model.vocab_size}; give --hellaswag-every 0"
+                )
+        # Raises for an ending that is too long. The evaluations use what is laid out here.
+        on_gpu = device.type == "cuda"
+        batch_tokens = hellaswag.CUDA_BATCH_TOKENS if on_gpu else hellaswag.BATCH_TOKENS
+        hellaswag.pack(requests, config.model.context_length, batch_tokens)
+    except Exception as error:
+        if path is not None:
+            raise
+        raise ConnectionError(first_line(error)) from error
+    return examples
+
+
 # ---- a run ---------------------------------------------------------------------------------------
 
 
 class Run:
     """The parts of a run, for the training loop and for ``on_step`` callbacks."""
 
-    def __init__(self, config: TrainConfig, dist_info: DistInfo) -> None:
-        """Open the data, build the model or load it from a checkpoint, and report the start."""
+    def __init__(
+        self, config: TrainConfig, dist_info: DistInfo, lock: FolderLock | None = None
+    ) -> None:
+        """Open the data, build the model or load it from a checkpoint, and report the start.
+
+        What can fail on one rank alone is done by ``run_on_all``: then all of them stop.
+        ``lock`` is that of the log folder, on rank 0.
+        """
         self.config = config
         self.dist_info = dist_info
+        self.lock = lock
+        self.lost_folder = False  # the log folder is no longer the one that was locked
         rank = dist_info.rank
         world_size = dist_info.world_size
         device = dist_info.device
         context = config.model.context_length
-        self.train_data = TokenDataset(config.data_dir, "train", context)
-        self.val_data = TokenDataset(config.data_dir, "val", context)
+        self.train_data, self.val_data = dist_info.run_on_all(lambda: open_data(config))
+        fingerprint = dist_info.run_on_all(
+            lambda: self.train_data.fingerprint() + self.val_data.fingerprint()
+        )
+        digest = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
+        dist_info.require_equal({"the digest of the shards in data_dir": digest})
         # A token outside the vocabulary would crash a GPU hours later, with an error that does not
         # name it.
-        checked = [
-            data.check_tokens(config.model.vocab_size, rank, world_size)
-            for data in (self.train_data, self.val_data)
-        ]
+        checked = dist_info.run_on_all(
+            lambda: [
+                data.check_tokens(config.model.vocab_size, rank, world_size)
+                for data in (self.train_data, self.val_data)
+            ]
+        )
 
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # TF32 for what is computed in fp32
@@ -296,6 +370,8 @@ class Run:
         if config.deterministic:  # required by cuBLAS, before its first call
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.dtype = choose_dtype(config.dtype, device)
+        dist_info.require_equal({"dtype": self.dtype})  # "auto" depends on the hardware
+        self.prompt = encode_prompt(config) if config.sample_every else []
         # Initialized on the CPU, so that the weights of a seed do not depend on the device.
         self.model = GPT(config.model).to(device)
         self.model.loss_chunk_rows = config.loss_rows
@@ -315,11 +391,12 @@ class Run:
 
         # As JSON's types: a checkpoint stores them, and must be readable without unpickling.
         self.settings = json.loads(json.dumps(asdict(config), default=str))
-        self.settings["data"] = self.train_data.fingerprint()
+        self.settings["data"] = fingerprint
         self.step = 0  # updates made so far
         self.saved_step: int | None = None  # the step of the newest checkpoint
         self.writer = checkpoint.Writer(config.log_dir, keep=config.keep_checkpoints)
         self.save_seconds = 0.0  # that training waited for the checkpoint that is being written
+        self.save_problem = ""  # why the newest checkpoint was not saved
         resumed_from = self._resume() if config.resume else None
 
         # The same weights, wrapped for training. Evaluations, samples and checkpoints use the plain
@@ -329,7 +406,9 @@ class Run:
         if world_size > 1:
             self.training_model = self.ddp = wrap_ddp(self.model, device, config.bf16_grads)
         steps_left = config.max_steps - self.step
-        if config.compile and (device.type != "cpu" or steps_left >= CPU_COMPILE_STEPS):
+        # Not on mps, where compiled code may compute other numbers (pytorch#171764).
+        worthwhile = device.type != "cpu" or steps_left >= CPU_COMPILE_STEPS
+        if config.compile and worthwhile and device.type != "mps":
             problem = compiler_problem(device)
             if problem is None:
                 self.training_model = compile_model(self.training_model, device, self.dtype)
@@ -342,24 +421,27 @@ class Run:
         # Three steps ahead, to ride out short stalls of the disk.
         self.loader = TokenLoader(self.train_data, batches, device, prefetch=3 * self.micro_steps)
 
+        # Before the first line of metrics: a file of the user's that cannot be used is refused.
+        self.hellaswag_examples = self._load_hellaswag() if config.hellaswag_every else []
         public_settings = {k: v for k, v in self.settings.items() if k != "data"}
-        self.logger.start(
-            self.step,
-            config=public_settings,
-            tensorboard=config.tensorboard,
-            wandb=config.wandb,
-            dataset=self.train_data.name,
-            parameters=self.model.num_parameters(),
-            device=device_name,
-            world_size=world_size,
-            dtype=dtype_name,
-            resumed_from=resumed_from.name if resumed_from is not None else None,
+        dist_info.run_on_all(
+            lambda: self.logger.start(
+                self.step,
+                config=public_settings,
+                tensorboard=config.tensorboard,
+                wandb=config.wandb,
+                dataset=self.train_data.name,
+                parameters=self.model.num_parameters(),
+                device=device_name,
+                world_size=world_size,
+                dtype=dtype_name,
+                resumed_from=resumed_from.name if resumed_from is not None else None,
+            )
         )
         if not all(checked):
             self.logger.print(
                 "checking all shards takes more than a minute; it continues in the background"
             )
-        self.hellaswag_examples = self._load_hellaswag() if config.hellaswag_every else []
         tokens = len(self.train_data) * context
         self.logger.print(
             f"{self.model.num_parameters():,} parameters, computed in {dtype_name} on"
@@ -376,12 +458,7 @@ class Run:
         folder = self.dist_info.run_on_rank_0(lambda: checkpoint.latest_valid(log_dir))
         if folder is None:
             return None
-        state = checkpoint.load_state(folder)
-        for change in checkpoint.compare_settings(state.settings, self.settings, folder):
-            self.logger.print(f"resuming with another setting: {change}")
-        # Copied in place: the optimizer already refers to these parameters.
-        self.model.load_state_dict(GPT.from_pretrained(folder).state_dict())
-        self.optimizer.load_state_dict(state.optimizer)
+        state = self.dist_info.run_on_all(lambda: self._load_checkpoint(folder))
         torch.set_rng_state(state.rng)
         self.logger.best_val = state.best_val
         self.logger.skipped_in_a_row = state.skipped
@@ -390,12 +467,25 @@ class Run:
         self.logger.print(f"resumed from {folder}")
         return folder
 
+    def _load_checkpoint(self, folder: Path) -> checkpoint.TrainingState:
+        """Load model and optimizer, and report the settings that have changed."""
+        state = checkpoint.load_state(folder)
+        for change in checkpoint.compare_settings(state.settings, self.settings, folder):
+            self.logger.print(f"resuming with another setting: {change}")
+        # In place: the optimizer already refers to these parameters.
+        checkpoint.load_model(self.model, folder)
+        checkpoint.load_optimizer(self.optimizer, state.optimizer)
+        return state
+
     def _load_hellaswag(self) -> list[hellaswag.Example]:
-        """The examples, or none and a message where they cannot be loaded or downloaded."""
-        path = self.config.hellaswag_data
+        """The examples, or none and a message where the hub's cannot be had."""
+        config = self.config
+        device = self.dist_info.device
         try:
-            return self.dist_info.run_on_rank_0(lambda: hellaswag.load_examples(path))
+            return self.dist_info.run_on_rank_0(lambda: load_hellaswag(config, device))
         except (ValueError, OSError) as error:
+            if config.hellaswag_data is not None:
+                raise
             self.logger.print(f"HellaSwag is skipped: {error}")
             return []
 
@@ -418,6 +508,7 @@ def log_validation_loss(run: Run) -> None:
             world_size=run.dist_info.world_size,
             dtype=run.dtype,
         )
+        check_log_folder(run)  # before each line, since an evaluation may take minutes
         run.logger.best_val = min(run.logger.best_val, loss)
         row.update(loss=loss, best=run.logger.best_val)
 
@@ -434,6 +525,7 @@ def log_hellaswag(run: Run) -> None:
             world_size=run.dist_info.world_size,
             dtype=run.dtype,
         )
+        check_log_folder(run)
         row.update(hellaswag.summarize(run.hellaswag_examples, predictions))
 
 
@@ -441,15 +533,25 @@ def log_sample(run: Run) -> None:
     """Log how the model continues the prompt, with the same seed each time."""
     if run.dist_info.rank != 0 or run.step == 0:  # random weights have nothing to say
         return
-    prompt = run.config.sample_prompt
     tokenizer = dataset.get_tokenizer()
     with run.logger.timed("sample", run.step) as row:
-        idx = torch.tensor([tokenizer.encode(prompt)], device=run.dist_info.device)  # (1, T)
+        idx = torch.tensor([run.prompt], device=run.dist_info.device)  # (1, T)
         options = SamplingOptions(max_new_tokens=64, top_k=50, seed=run.config.seed)
         run.sampler.update()
         sample = run.sampler.generate(idx, options)
         tokens = [token for token in sample[0].tolist() if token != END_OF_TEXT]
-        row.update(prompt=prompt, text=tokenizer.decode(tokens))
+        row.update(prompt=run.config.sample_prompt, text=tokenizer.decode(tokens))
+
+
+def attempt(run: Run, name: str, chore: Callable[[Run], None]) -> None:
+    """Run a chore that training can do without: if it fails, that is reported."""
+    try:
+        chore(run)
+    except Exception as error:
+        # Where the other ranks wait for this one's part, they would wait in vain.
+        if name == "hellaswag" and run.dist_info.world_size > 1:
+            raise
+        run.logger.print(f"step {run.step:5d} | {name} is skipped: {first_line(error)}")
 
 
 def save_checkpoint(run: Run) -> None:
@@ -474,7 +576,7 @@ def save_checkpoint(run: Run) -> None:
         try:
             run.writer.start(run.model, state)
         except OSError as error:
-            run.logger.print(f"checkpoint not saved: {error}; training continues")
+            report_unsaved(run, error)
         run.save_seconds = time.perf_counter() - start
 
 
@@ -483,7 +585,7 @@ def report_checkpoint(run: Run, wait: bool = False) -> None:
     try:
         saved = run.writer.finished(wait)
     except OSError as error:
-        run.logger.print(f"checkpoint not saved: {error}; training continues")
+        report_unsaved(run, error)
         return
     if saved is not None:
         run.saved_step = saved.step
@@ -493,6 +595,24 @@ def report_checkpoint(run: Run, wait: bool = False) -> None:
             "write_seconds": round(saved.seconds, 3),
         }
         run.logger.report("checkpoint", saved.step, row)
+
+
+def report_unsaved(run: Run, error: OSError) -> None:
+    """Report that a checkpoint could not be written; ``report_end`` repeats it of the last."""
+    run.save_problem = str(error)
+    at_end = run.step >= run.config.max_steps or run.logger.stop_requested
+    run.logger.print(f"checkpoint not saved: {error}{'' if at_end else '; training continues'}")
+
+
+def check_log_folder(run: Run) -> None:
+    """Raise OSError when the log folder was renamed or replaced: another run may be there."""
+    try:
+        if run.lock is not None:
+            run.lock.check()
+    except OSError:
+        run.lost_folder = True
+        run.logger.enabled = False  # nothing more is written there
+        raise
 
 
 # ---- the training loop ---------------------------------------------------------------------------
@@ -515,16 +635,19 @@ def training_loop(run: Run) -> Iterator[None]:
 
     while True:
         # ---- what is due before this step
+        check_log_folder(run)
         report_checkpoint(run)
         last = run.step >= config.max_steps or logger.stop_requested
+        # The checkpoint first, so that no failure of the others can cost these steps. A run that is
+        # resumed from it repeats the others.
+        if is_due(config.checkpoint_every) or (last and config.checkpoint_every > 0):
+            save_checkpoint(run)
         if is_due(config.val_every):
             log_validation_loss(run)
         if is_due(config.hellaswag_every):
-            log_hellaswag(run)
+            attempt(run, "hellaswag", log_hellaswag)
         if is_due(config.sample_every):
-            log_sample(run)
-        if is_due(config.checkpoint_every) or (last and config.checkpoint_every > 0):
-            save_checkpoint(run)
+            attempt(run, "sample", log_sample)
         if last:
             break
         yield
@@ -568,6 +691,7 @@ def training_loop(run: Run) -> Iterator[None]:
         run.optimizer.zero_grad(set_to_none=True)
 
         # ---- log
+        check_log_folder(run)  # again: a step may take seconds
         logger.log_step(run.step, lr, torch.cat((stats, norm.reshape(1))))  # [loss, stop, norm]
         run.step += 1
         if logger.skipped_in_a_row == MAX_SKIPPED:
@@ -583,6 +707,7 @@ def training_loop(run: Run) -> Iterator[None]:
             gc.freeze()
 
     run.loader.close()
+    check_log_folder(run)
     report_checkpoint(run, wait=True)
     logger.close()
 
@@ -590,24 +715,36 @@ def training_loop(run: Run) -> Iterator[None]:
 # ---- the whole run -------------------------------------------------------------------------------
 
 
-def prepare(config: TrainConfig, world_size: int) -> filelock.BaseFileLock:
+def prepare(config: TrainConfig, world_size: int) -> FolderLock:
     """Check settings and data, write the quickstart's shards, and lock the log folder."""
     problems = config.validate(world_size)
     if problems:
         raise ValueError("; ".join(problems))
+    if config.sample_every:
+        encode_prompt(config)
     quickstart = config.preset == "quickstart"
     if not quickstart:  # whose shards may be missing: they are written below
-        TokenDataset(config.data_dir, "train", config.model.context_length)  # raises if they are
+        open_data(config)  # raises if they are
     lock = lock_folder(config.log_dir, flag="--log-dir")
     if not config.resume and checkpoint.contains_run(config.log_dir):
         raise ValueError(
             f"{config.log_dir} contains a run; continue it with --resume or give another --log-dir"
         )
-    if quickstart and not any(config.data_dir.glob("*.npy")):
+    if quickstart and not has_all_shards(config.data_dir):
+        # This continues what a killed process has begun, and refuses what another is writing.
         dataset.prepare(
             dataset.DatasetConfig(source="stdlib", data_dir=config.data_dir, shard_size=50_000)
         )
     return lock
+
+
+def has_all_shards(data_dir: Path) -> bool:
+    """Whether a folder holds shards, and all that its index names."""
+    try:
+        dataset.check_complete(data_dir)
+    except (ValueError, FileNotFoundError):
+        return False
+    return any(data_dir.glob("*.npy"))
 
 
 def train(
@@ -618,9 +755,11 @@ def train(
     Raises ValueError or FileNotFoundError for invalid settings or missing data, ConnectionError
     when another rank has died, FloatingPointError after too many gradients that are not finite.
     """
-    locks: list[filelock.BaseFileLock] = []  # filled on rank 0, held until the run has ended
+    settings: dict[str, Any] = asdict(config)
+    dist_info.require_equal({k: v for k, v in settings.items() if k not in LOCAL_SETTINGS})
+    locks: list[FolderLock] = []  # filled on rank 0, held until the run has ended
     dist_info.run_on_rank_0(lambda: locks.append(prepare(config, dist_info.world_size)))
-    run = Run(config, dist_info)
+    run = Run(config, dist_info, lock=locks[0] if locks else None)
     profiler: torch.profiler.profile | None = None
     if config.profile:
         trace = config.log_dir / f"trace_rank{dist_info.rank}.json"
@@ -634,8 +773,10 @@ def train(
     except KeyboardInterrupt:  # a second SIGINT ends the process at once
         raise
     except BaseException as error:  # a missing shard, a dead rank, out of memory
+        if run.lost_folder:
+            raise
         # Whatever of these has failed, the weights are those of the last complete update.
-        if isinstance(error, OSError | RuntimeError) and config.checkpoint_every > 0:
+        if isinstance(error, OSError | RuntimeError | ValueError) and config.checkpoint_every > 0:
             save_checkpoint(run)
         report_checkpoint(run, wait=True)  # the process may end without Python's own clean-up
         # gloo raises a plain RuntimeError when a rank has died.
@@ -655,32 +796,51 @@ def train(
 
 
 def report_end(run: Run) -> None:
-    """Print how the run ended, and plot it if it is finished."""
+    """Print how the run ended and what there is of it, and plot it if it is finished.
+
+    Raises OSError when its last checkpoint could not be written.
+    """
     config = run.config
+    newest = next(iter(checkpoint.list_checkpoints(config.log_dir)), None)
     if run.step < config.max_steps:
-        saved = run.saved_step is not None
-        remedy = "resume with the same command and --resume" if saved else "there is no checkpoint"
+        remedy = "resume with the same command and --resume" if newest else "there is no checkpoint"
         name = run.stop_signal.name or "another rank"
         run.logger.print(f"stopped by {name} after {run.step} steps; {remedy}")
-        return
+    else:
+        report_done(run, has_checkpoints=newest is not None)
+    if config.checkpoint_every > 0 and run.saved_step != run.step:
+        remedy = f"the newest is {newest}" if newest else "there is none"
+        raise OSError(f"the last checkpoint was not saved, {remedy}: {run.save_problem}")
+
+
+def report_done(run: Run, has_checkpoints: bool) -> None:
+    """Plot a finished run and say which files it has left."""
+    config = run.config
     try:
         plot.plot_run(config.log_dir)
-    except (ValueError, OSError, ImportError) as error:
-        run.logger.print(f"no plot: {error}")
-    run.logger.print(
-        f"done: metrics.jsonl, plot.png, report.md and checkpoints are in {config.log_dir}/; now"
-        f' try\npython eval.py --checkpoint {config.log_dir} --prompt "{config.sample_prompt}"'
-    )
+    except Exception as error:  # whatever it is: a run never fails because its picture does
+        run.logger.print(f"no plot: {first_line(error)}")
+    names = ("metrics.jsonl", "plot.png", "report.md")
+    left = [name for name in names if (config.log_dir / name).is_file()]
+    left += ["checkpoints"] if has_checkpoints else []
+    listed = " and ".join(filter(None, (", ".join(left[:-1]), *left[-1:]))) or "no files"
+    text = f"done: {listed} are in {config.log_dir}/"
+    if has_checkpoints:
+        command = f'python eval.py --checkpoint {config.log_dir} --prompt "{config.sample_prompt}"'
+        text += f"; now try\n{command}"
+    run.logger.print(text)
 
 
 def main(on_step: Callable[[Run], None] | None = None) -> None:
     """Parse the flags and train. --preset chooses the defaults, which the other flags override."""
-    # First only --preset, because tyro needs the defaults before it parses anything.
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, default="gpt-xs")
-    preset = PRESETS[parser.parse_known_args()[0].preset]
-    config = tyro.cli(TrainConfig, default=preset, description=__doc__)
     with exit_with_one_line():
+        # First only --preset, because tyro needs the defaults before it parses anything. It is
+        # tyro that refuses a name that is missing or unknown, with the names that there are.
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--preset", nargs="?")
+        name = parser.parse_known_args()[0].preset
+        preset = PRESETS.get(name, PRESETS["gpt-xs"])
+        config = parse_options(TrainConfig, description=__doc__, default=preset)
         try:
             train(config, DistInfo.initialize(config.device), on_step)
         except torch.OutOfMemoryError as error:

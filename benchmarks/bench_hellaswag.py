@@ -27,6 +27,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+
 import hellaswag
 from dataset import get_tokenizer, save_tokenizer
 from model import GPT, GPTConfig

@@ -22,6 +22,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import VOCAB_SIZE, choose_device
+
 from eval import Sampler, SamplingOptions
 from model import GPT, GPTConfig
 

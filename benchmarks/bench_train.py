@@ -37,9 +37,10 @@ from torch import Tensor
 from torch.utils.benchmark import timer  # reads the clock once the GPU has finished
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import common
+
 from plain_steps import Step, hugging_face, nanogpt, torch_loss
 
-import common
 import metrics
 import plot
 import train

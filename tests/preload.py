@@ -3,12 +3,14 @@
 import gc
 import resource
 
+import tyro
+
 import dataset
 import train
 
 dataset.get_tokenizer()
 # The rest of tyro, which a child without root's rights may not be able to read.
-train.tyro.cli(train.TrainConfig, args=[])
+tyro.cli(train.TrainConfig, args=[])
 # Drawing takes longer than training here, and is tested elsewhere.
 train.plot.plot_run = lambda *_: None
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # full disks kill with a signal that dumps core

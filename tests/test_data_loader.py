@@ -1,5 +1,7 @@
 """The order of the data: a formula that is the same for any number of ranks."""
 
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +167,51 @@ def test_a_token_outside_the_vocabulary_is_named_with_its_shard(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"test_train_000001\.npy: token 199"):
         dataset.check_tokens(vocab_size=199)
     dataset.check_tokens(vocab_size=199, rank=0, world_size=2)  # reads the first shard only
+
+
+def test_the_fingerprint_is_the_content_with_an_index_and_without(tmp_path: Path) -> None:
+    def fingerprint() -> list[list[str | int]]:
+        return TokenDataset(tmp_path, "train", T).fingerprint()
+
+    write_shards(tmp_path, 5000, 100)
+    before = fingerprint()
+    assert [entry[:2] for entry in before] == [
+        ["test_train_000000.npy", 5000],
+        ["test_train_000001.npy", 100],
+    ]
+    shard = tmp_path / "test_train_000000.npy"
+    np.save(shard, np.load(shard)[::-1].copy())
+    assert fingerprint() != before
+    assert fingerprint()[1] == before[1]
+    record = {"file": shard.name, "tokens": 5000, "sha256": "ab" * 32, "documents": 1}
+    index = {
+        "tokenizer": "gpt2",
+        "source": "1 files",
+        "revision": "",
+        "units": 1,
+        "shard_size": 5000,
+        "max_tokens": None,
+        "world_size": 1,
+        "rank": 0,
+        "shards": [{**record, "next": [1, 0, 0]}],
+    }
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    assert fingerprint() == [[shard.name, 5000, "ab" * 32], before[1]]
+
+
+@pytest.mark.parametrize("damage", ["zero", "folder", "fifo", "npz"])
+def test_what_is_no_shard_is_named(damage: str, tmp_path: Path) -> None:
+    write_shards(tmp_path, 100, 100)
+    path = tmp_path / "test_train_000001.npy"
+    path.unlink()
+    if damage == "zero":
+        np.save(path, np.zeros(0, np.uint16))
+    elif damage == "folder":
+        path.mkdir()
+    elif damage == "fifo":
+        os.mkfifo(path)
+    else:
+        with path.open("wb") as file:
+            np.savez(file, np.zeros(5, np.uint16))
+    with pytest.raises(ValueError, match=r"test_train_000001\.npy"):
+        TokenDataset(tmp_path, "train", T)

@@ -1,5 +1,8 @@
 """dataset.py: the shards are the documents' tokens, whatever the source and the workers."""
 
+import common
+
+import base64
 import contextlib
 import dataclasses
 import io
@@ -17,11 +20,11 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as encryption
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import common
 import dataset
 from dataset import DatasetConfig, prepare, verify
 
@@ -123,6 +126,10 @@ def test_shards_are_the_concatenated_documents_cut_at_multiples_of_their_size(
         for i, texts in enumerate(files):
             write(source / f"{i:03d}{suffix}", texts, rows=2)
         config = dataclasses.replace(config, source=str(source), data_dir=out)
+        if not any(text for texts in files for text in texts):
+            with pytest.raises(ValueError, match="holds no text"):
+                prepare(config)
+            return
         for writes in interruptions:
             with fail_after(writes), contextlib.suppress(OSError):
                 prepare(config)
@@ -165,7 +172,8 @@ def test_every_shard_has_the_bytes_that_numpy_writes(prepared: DatasetConfig) ->
         assert (prepared.data_dir / name).read_bytes() == saved.getvalue()
 
 
-# What the first version of dataset.py wrote for the documents below, but on fewer lines.
+# What dataset.py writes for the documents below, but on fewer lines, with the digest of the source
+# that the first versions had.
 INDEX = """{"tokenizer": "gpt2", "source": "1 files",
 "revision": "b10ae9dd75b4fe0ae479193f85b24041b76f7e7bfe1a42233c7d45567f891214",
 "units": 1, "shard_size": 4, "max_tokens": null, "world_size": 1, "rank": 0, "complete": true,
@@ -181,10 +189,12 @@ def test_an_index_has_the_bytes_that_it_always_had_and_is_continued(tmp_path: Pa
     source = write(tmp_path / "a.jsonl", ["hello world", None] * 2)
     config = config_for(source, out, shard_size=4)
     index = prepare(config)
-    assert (out / "index.json").read_text() == json.dumps(json.loads(INDEX), indent=1)
-    assert dataset.ShardIndex.read(out / "index.json") == index
-    before = contents(out)
     begun = json.loads(INDEX)
+    revision = "dc44213a47661d053eaeb4bf6984daf48c0f3e82a12ae3960d2d8f666b9831a4"
+    assert (out / "index.json").read_text() == json.dumps({**begun, "revision": revision}, indent=1)
+    assert dataset.ShardIndex.read(out / "index.json") == index
+    (out / "index.json").write_text(json.dumps(begun, indent=1))
+    before = contents(out)
     for key in ("tokens", "documents", "skipped"):
         del begun[key]
     begun.update(complete=False, shards=begun["shards"][:1])
@@ -279,6 +289,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
     "no_key.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', ["line 2", "`text`"]),
     "no_object.jsonl": (b'["text"]\n', ["line 1", "`text`"]),
     "no_string.jsonl": (b'{"text": 5}\n', ["line 1", "`text`", "5"]),
+    "deep.jsonl": (b'{"text": ' + b"[" * 100_000 + b"\n", ["line 1"]),
     "latin_1.txt": (b"na\xefve", ["utf-8"]),
     "no_column.parquet": (parquet(["a"], column="body"), ["`text`", "body (string)"]),
     "numbers.parquet": (parquet([1]), ["text (int64)"]),
@@ -360,6 +371,207 @@ def test_two_runs_cannot_write_into_one_folder(prepared: DatasetConfig) -> None:
     prepare(prepared)
 
 
+def test_an_edit_anywhere_in_a_source_is_noticed(prepared: DatasetConfig) -> None:
+    source = Path(prepared.source)
+    data = source.read_bytes()
+    source.write_bytes(data.replace(b"Document 0", b"document 0", 1))
+    with pytest.raises(ValueError, match=r"revision was .* and is now"):
+        prepare(prepared)
+    with mock.patch.object(dataset, "WHOLE_DIGEST_BYTES", 10):
+        changed = dataset._content_digest(source)
+        source.write_bytes(data)
+        assert dataset._content_digest(source) != changed
+
+
+def test_two_runs_that_begin_together_do_not_mix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.parquet", TEXTS)
+    monkeypatch.setattr(dataset, "CHUNK_BYTES", 1)
+    config = config_for(source, tmp_path / "out")
+    open_source = dataset.open_source
+
+    def open_slowly(*arguments: Any) -> Any:
+        result = open_source(*arguments)
+        monkeypatch.setattr(dataset, "open_source", open_source)
+        prepare(config, rank=1, world_size=2)  # another run, meanwhile
+        return result
+
+    monkeypatch.setattr(dataset, "open_source", open_slowly)
+    with pytest.raises(ValueError, match="world_size was 2 and is now 1"):
+        prepare(config)
+    prepare(config, rank=0, world_size=2)
+    assert verify(config.data_dir) == []
+
+
+def test_more_machines_than_parts_are_refused(prepared: DatasetConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(prepared, data_dir=tmp_path / "new")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2, .* 1 machines"):
+        prepare(config, rank=0, world_size=2)
+
+
+def test_an_unreadable_folder_among_the_sources_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source" / "b").mkdir(parents=True)
+    write(tmp_path / "source" / "a.jsonl", TEXTS)
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="source/b"):
+        prepare(config_for(tmp_path / "source", tmp_path / "out"))
+
+
+def test_a_fifo_is_no_source(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"a\.jsonl is not a regular file"):
+        prepare(config_for(tmp_path / "a.jsonl", tmp_path / "out"))
+
+
+def test_a_file_cut_short_while_it_is_read_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    size = path.stat().st_size
+    os.truncate(path, size // 2)
+    whole = dataset.Chunk(str(path), start=0, stop=size, size=size)
+    with pytest.raises(ValueError, match=r"a\.jsonl"):
+        list(dataset.read_chunk(whole))
+    os.truncate(path, 0)
+    with pytest.raises(ValueError, match=r"a\.jsonl was cut short"):
+        list(dataset.read_chunk(whole))
+
+
+class PlainKeys(encryption.KmsClient):
+    """Keys of encrypted Parquet files that are no secret."""
+
+    def __init__(self, config: object) -> None:
+        super().__init__()
+
+    def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> bytes:
+        return base64.b64encode(key_bytes)
+
+    def unwrap_key(self, wrapped_key: bytes, master_key_identifier: str) -> bytes:
+        return base64.b64decode(wrapped_key)
+
+
+@pytest.mark.parametrize("plaintext_footer", [True, False])
+def test_encrypted_parquet_is_one_line(plaintext_footer: bool, tmp_path: Path, main: Main) -> None:
+    settings = encryption.EncryptionConfiguration(
+        footer_key="footer", column_keys={"text": ["text"]}, plaintext_footer=plaintext_footer
+    )
+    properties = encryption.CryptoFactory(PlainKeys).file_encryption_properties(
+        encryption.KmsConnectionConfig(), settings
+    )
+    table = pa.table({"text": TEXTS})
+    path = tmp_path / "a.parquet"
+    with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    assert str(path) in error_of(main("--source", path, "--data-dir", tmp_path / "out"))
+
+
+def test_parquet_that_ends_the_process_is_named(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.parquet", TEXTS)
+    bad = tmp_path / "bad.parquet"
+    bad.write_bytes(b"abort")
+    script = dataset.PARQUET_CHECK.replace(
+        "    try:", "    if 'bad' in path:\n        import os; os.abort()\n    try:"
+    )
+    dataset.check_parquet([str(good)])
+    with (
+        mock.patch.object(dataset, "PARQUET_CHECK", script),
+        mock.patch.object(dataset, "CHECK_PROCESSES", 1),
+        pytest.raises(ValueError, match=r"bad\.parquet .*ends the process"),
+    ):
+        dataset.check_parquet([str(good), str(bad), str(good)])
+
+
+def test_rows_that_a_parquet_file_loses_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.parquet", TEXTS)
+    chunk = dataset._chunks_of_file(str(path))[0]
+    batches = pq.ParquetFile.iter_batches
+
+    def lose(self: Any, *arguments: Any, **options: Any) -> Any:
+        return itertools.islice(batches(self, *arguments, **options), 0)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lose)
+    with pytest.raises(ValueError, match=r"a\.parquet: cannot read row 0: there should be 100"):
+        list(dataset.read_chunk(chunk))
+
+
+# What an index is made of, and what must be said of it.
+Change = Callable[[dict[str, Any]], object]
+BAD_INDEXES: dict[str, tuple[Change, str]] = {
+    "path": (lambda i: i["shards"][0].update(file="../x_val_000000.npy"), "file"),
+    "number": (lambda i: i["shards"][1].update(file="text_train_000007.npy"), "cannot be shard"),
+    "tokens": (lambda i: i["shards"][0].update(tokens=-1), "tokens"),
+    "text": (lambda i: i["shards"][0].update(tokens="many"), "tokens"),
+    "next": (lambda i: i["shards"][0].update(next=[1]), "next"),
+    "end": (lambda i: i["shards"][-1].update(next=[99, 0, 0]), "ends nowhere"),
+    "used": (lambda i: i["shards"].pop() and i["shards"][-1].update(next=[0, 10**9, 0]), "tokens"),
+    "list": (lambda i: i.update(shards=5), "shards"),
+    "null": (lambda i: i.update(source=None), "source"),
+    "rank": (lambda i: i.update(rank=3, world_size=4), "rank 3 of 4"),
+    "zero": (lambda i: i.update(world_size=0), "world_size"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INDEXES)
+def test_a_damaged_index_is_one_line_with_its_name(case: str, prepared: DatasetConfig) -> None:
+    change, message = BAD_INDEXES[case]
+    path = prepared.data_dir / "index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"index\.json.*{message}"):
+        prepare(prepared)
+
+
+INCOMPLETE: dict[str, tuple[Change, str]] = {
+    "unfinished": (lambda i: i.update(complete=False), r"index\.json is not complete"),
+    "fewer": (lambda i: i["shards"].pop(), "tokens"),
+    "missing": (lambda i: i["shards"][1].update(file="a_train_000001.npy"), "is missing"),
+    "size": (lambda i: i["shards"][1].update(tokens=99), "bytes, not"),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_an_unfinished_folder_is_refused_with_the_command_that_finishes_it(
+    case: str, prepared: DatasetConfig
+) -> None:
+    dataset.check_complete(prepared.data_dir)
+    change, message = INCOMPLETE[case]
+    path = prepared.data_dir / "index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    command = rf"`python dataset\.py --source \S+ --data-dir {prepared.data_dir} --shard-size 100`"
+    with pytest.raises(ValueError, match=f"{message}.*{command}"):
+        dataset.check_complete(prepared.data_dir)
+
+
+def test_missing_parts_of_machines_are_named_and_no_index_is_fine(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(3):
+        write(source / f"{i}.jsonl", TEXTS)
+    config = config_for(source, tmp_path / "out")
+    for rank in (0, 2):
+        prepare(config, rank, 3)
+    with pytest.raises(ValueError, match=r"machines \[1\] of 3 .*WORLD_SIZE=3"):
+        dataset.check_complete(config.data_dir)
+    prepare(config, 1, 3)
+    dataset.check_complete(config.data_dir)
+    for path in config.data_dir.glob("index*"):
+        path.unlink()
+    dataset.check_complete(config.data_dir)
+
+
 # ---- verifying -----------------------------------------------------------------------------------
 
 
@@ -373,6 +585,11 @@ def array(*shape: int, token: int = 0, dtype: Any = np.uint16) -> Callable[[Path
     return lambda path: np.save(path, np.full(shape, token, dtype))
 
 
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 SHARD = "text_train_000002.npy"
 # The file that is damaged, how, and what the report must say of it.
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
@@ -384,6 +601,10 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "int32": (SHARD, array(100, dtype=np.int32), "holds int32 (100,)"),
     "2-D": (SHARD, array(2, 50), "holds uint16 (2, 50)"),
     "no token": (SHARD, array(100, token=50257), "50257"),
+    "archive": (SHARD, lambda p: np.savez(p.open("wb"), np.zeros(5)), "is not a valid .npy file"),
+    "a folder": (SHARD, replace_by_folder, "is not a regular file"),
+    "no tokens": (SHARD, array(0), "holds no token"),
+    "a bad header": (SHARD, lambda p: p.write_bytes(b"\x93NUMPY\x01\x00\x76\x00{'(" * 30), "valid"),
     "misnamed": ("text_1.npy", array(9), "is not named"),
     "unknown": ("text_train_000999.npy", array(9), "is not in index.json"),
 }
@@ -418,3 +639,21 @@ def test_verify_checks_shards_without_an_index(tmp_path: Path) -> None:
     assert verify(tmp_path) == []
     np.save(tmp_path / "edufineweb_train_000001.npy", np.full(5, 60000, np.uint16))
     assert len(verify(tmp_path)) == 1
+
+
+def test_every_flip_of_a_header_is_one_message_or_harmless(prepared: DatasetConfig) -> None:
+    path = prepared.data_dir / SHARD
+    data = path.read_bytes()
+    expected = dataset.read_shard_header(path)
+    for bit in range(128 * 8):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            header = dataset.read_shard_header(path)
+        except ValueError as error:
+            message = str(error)
+        else:
+            assert header == expected
+            continue
+        assert message.startswith(f"{path} ")

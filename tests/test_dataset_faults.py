@@ -260,6 +260,21 @@ def test_no_hub_at_all_is_one_line(tmp_path: Path) -> None:
     assert "the source" in error_of(failed)
 
 
+def test_without_a_network_it_says_so_at_once(tmp_path: Path) -> None:
+    start = time.monotonic()
+    failed = subprocess.run(
+        [sys.executable, str(SCRIPT), "--data-dir", str(tmp_path / "out")],
+        env={**os.environ, "HF_ENDPOINT": "http://hub.invalid"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert time.monotonic() - start < 15
+    assert failed.returncode == 1
+    assert "hub.invalid cannot be resolved" in error_of(failed)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [(("--name", "sample-10B"), "sample-10BT"), (("--revision", "v9"), "v9")],

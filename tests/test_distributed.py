@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from launcher import (
     LONG,
+    TINY,
+    fork,
     free_port,
     metrics,
     run_well,
@@ -17,6 +19,7 @@ from launcher import (
     start_torchrun,
     steps_done,
     wait_for,
+    write_shards,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -73,6 +76,34 @@ def test_gradients_are_exchanged_once_a_step(folder: Path, ranks: int, micro_bat
     run_well(folder, *flags, ranks=ranks, on_step=count_rounds)
     micro_steps, steps, rounds = json.loads((folder / "rounds.json").read_text())
     assert (micro_steps, steps, rounds) == (4, 19, 19)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--max-lr", "0.02"], ["max_lr is 0.01 on rank 0 and 0.02 on rank 1"]),
+        (["--seed", "7"], ["seed is 1337 on rank 0 and 7 on rank 1"]),
+        (["--resume"], ["resume is False on rank 0 and True on rank 1"]),
+        (["--data-dir", "other"], ["the digest of the shards in data_dir is"]),
+        (["--data-dir", "nowhere"], ["nowhere: no train shards"]),
+    ],
+)
+def test_a_rank_that_differs_ends_all_before_the_first_step(
+    folder: Path, flags: list[str], words: list[str]
+) -> None:
+    write_shards(folder / "other")
+    (folder / "other/tiny_train_000002.npy").unlink()
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    trainings = [
+        fork(folder, ["train.py", *TINY, *own], world | {"RANK": str(rank)})
+        for rank, own in enumerate(([], flags))
+    ]
+    assert [training.wait() for training in trainings] == [2, 2]
+    for training in trainings:
+        assert training.err.count("\n") == 1, training.err
+        for word in words:
+            assert word in training.err
+    assert not (folder / "log/metrics.jsonl").exists()
 
 
 def test_gradients_in_bf16_train_the_same_but_for_rounding(folder: Path) -> None:

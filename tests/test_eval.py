@@ -1,5 +1,7 @@
 """eval.py: the validation loss for any number of ranks, and the command line."""
 
+from common import END_OF_TEXT
+
 import io
 import json
 import math
@@ -19,7 +21,6 @@ from hub_server import HubServer
 from test_hellaswag import raw_examples, write_jsonl
 
 import hellaswag
-from common import END_OF_TEXT
 from data_loader import TokenDataset
 from dataset import get_tokenizer
 from eval import main, validation_loss
@@ -198,7 +199,14 @@ def test_streaming_prints_the_same_text(checkpoint: Path, command: Command) -> N
         ("--temperature -1 --top-k 0", ["temperature -1", "top_k 0"]),  # both at once
         ("--top-p 1.5", ["top_p 1.5"]),
         ("--stream --json", ["stream", "json"]),
+        ("--loss --prompt x", ["loss", "prompt"]),
+        ("--greedy --temperature 2", ["greedy", "temperature 2"]),
+        ("--temperature nan --top-p nan", ["temperature nan", "top_p nan"]),
+        ("--num-samples 100000000 --seed 18446744073709551616", ["num_samples", "seed"]),
         ("--quantize int8", ["int8", "16"]),  # of 16 channels, and the kernel needs 32
+        ("--prompt x --greedy --top-p 0.5", ["greedy", "top_p"]),
+        ("--temperature 1e-30", ["temperature 1e-30"]),  # 0 / 0 is NaN
+        (f"--seed {2**64 - 1} --num-samples 2", ["seed", "num_samples 2"]),
         ("--loss --data-dir no/such/folder", ["no/such/folder"]),
         ("--loss --val-tokens 5", ["5 validation tokens"]),
         ("--loss --context-length 17", ["17"]),
@@ -208,11 +216,58 @@ def test_streaming_prints_the_same_text(checkpoint: Path, command: Command) -> N
 def test_a_mistake_is_one_line_and_exit_code_2(
     flags: str, named: list[str], checkpoint: Path, data_dir: Path, command: Command
 ) -> None:
-    defaults = ("--checkpoint", checkpoint, "--data-dir", data_dir, "--prompt", "x")
+    defaults = ["--checkpoint", checkpoint, "--data-dir", data_dir]
+    if "--loss" not in flags:
+        defaults += ["--prompt", "x"]
     code, out, err = command(*defaults, *flags.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("eval.py: ")
     assert all(name in err for name in named)
+
+
+def test_a_shard_of_nothing_but_delimiters_has_no_bits_per_byte(
+    checkpoint: Path, command: Command, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "small_val_000000.npy", np.full(100, END_OF_TEXT, np.uint16))
+    flags = ("--loss", "--checkpoint", checkpoint, "--data-dir", tmp_path)
+    code, out, _ = command(*flags, "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert (result["bytes"], result["bits_per_byte"]) == (0, None)
+    assert command(*flags)[0] == 0
+
+
+def test_all_prompts_must_be_in_the_vocabulary_before_one_is_continued(
+    command: Command, tmp_path: Path
+) -> None:
+    GPT(GPTConfig(16, 2, 2, 16, 300)).save_pretrained(tmp_path)
+    flags = ("--checkpoint", tmp_path, "--max-new-tokens", "2")
+    code, out, err = command(*flags, "--prompt", "a", "--prompt", "Hello")
+    assert (code, out) == (2, "")
+    assert "token 15496" in err
+    assert "vocabulary of 300" in err
+    assert command(*flags, "--prompt", "a")[0] == 0
+
+
+@pytest.mark.parametrize("prompt", ["<|endoftext|>", " " * 2**21, "\u3000" * 2**18, "\ud800"])
+def test_any_text_is_a_prompt(prompt: str, checkpoint: Path, command: Command) -> None:
+    flags = ("--checkpoint", checkpoint, "--max-new-tokens", "2", "--json")
+    code, out, _ = command(*flags, "--prompt", prompt)
+    assert code == 0
+    assert json.loads(out)["prompt"] == prompt
+
+
+def test_standard_input_is_utf_8_in_any_locale(checkpoint: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), "--checkpoint", str(checkpoint), "--json"],
+        input="na\u00efve\n".encode() + b"\xff\n",
+        env=os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    prompts = [json.loads(line)["prompt"] for line in done.stdout.splitlines()]
+    assert prompts == ["na\u00efve", "\ufffd"]
 
 
 def test_a_model_and_hellaswag_come_from_the_hub(tmp_path: Path) -> None:

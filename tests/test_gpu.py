@@ -4,6 +4,8 @@ Skipped where there is no CUDA device. With GPT_XS_TEST_DEVICE=cpu the same test
 small shapes: that says nothing about a GPU, but shows that the tests themselves work.
 """
 
+import common
+
 import json
 import os
 import signal
@@ -21,7 +23,6 @@ from test_hellaswag import raw_examples, write_jsonl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import common
 import hellaswag
 from eval import Sampler, SamplingOptions
 from model import GPT, GPTConfig

@@ -303,6 +303,13 @@ MALFORMED = [
     (json.dumps(GOOD | {"endings": ["a", "b", "", "d"]}), ["ending", "empty"]),
     (json.dumps(GOOD | {"label": 4}), ["label 4"]),
     (json.dumps(GOOD | {"label": ""}), ["label ''"]),
+    (json.dumps(GOOD | {"label": True}), ["label True"]),
+    (json.dumps(GOOD | {"label": 1.0}), ["label 1.0"]),
+    (json.dumps(GOOD | {"label": {"a": [1]}}), ["label {"]),
+    (json.dumps(GOOD | {"ind": "one"}), ["ind"]),
+    (json.dumps(GOOD | {"ind": True}), ["ind"]),
+    (json.dumps(GOOD | {"activity_label": "[a", "ctx_a": "b]", "ctx_b": ""}), ["ctx_a", "markup"]),
+    ("[" * 100_000, ["JSON"]),
     (json.dumps(GOOD | {"endings": ["dog " * 200] * 4}), ["201 tokens", "context of 64"]),
 ]
 
@@ -340,6 +347,50 @@ def test_a_mistake_is_one_line_and_exit_code_2(flag: str, value: str, command: C
     assert error.startswith("hellaswag.py: ")
     assert value in error
     assert error.count("\n") == 1
+
+
+def test_an_output_that_is_an_input_or_cannot_be_written_is_refused(
+    command: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hard").hardlink_to(folder / "val.jsonl")
+    (tmp_path / "soft").symlink_to(folder / "model.safetensors")
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    monkeypatch.setattr(hellaswag, "open_checkpoint", None)  # refused before the model is read
+    names = ("hard", "soft", ".", "x" * 255)
+    outputs = [folder / "val.jsonl", folder / "config.json", *(tmp_path / name for name in names)]
+    for output in outputs:
+        code, out, error = command("--output", output)
+        assert (code, out, error.count("\n")) == (2, "", 1)
+        assert str(output) in error
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_the_figures_are_printed_when_the_file_fails_and_the_reverse(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError("read-only now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hellaswag.common, "atomic_write", fail)
+        code, out, error = command("--limit", "3", "--json", "--output", tmp_path / "a.jsonl")
+    assert (code, json.loads(out)["n"]) == (1, 3)
+    assert "a.jsonl" in error
+    monkeypatch.setattr(hellaswag, "print_summary", fail)
+    command("--limit", "3", "--output", tmp_path / "b.jsonl")
+    assert len((tmp_path / "b.jsonl").read_text().splitlines()) == 3
+
+
+def test_brackets_that_are_never_closed_take_linear_time() -> None:
+    assert hellaswag.clean("a [b] [" + "[" * 10**6) == "a [" + "[" * 10**6
+
+
+def test_a_token_outside_the_vocabulary_is_named(command: Command, tmp_path: Path) -> None:
+    GPT(GPTConfig(16, 2, 2, 64, 300)).save_pretrained(tmp_path)
+    code, _, error = command("--checkpoint", tmp_path)
+    assert code == 2
+    assert "line 1: token" in error
+    assert "vocabulary of 300" in error
 
 
 def test_the_command_prints_figures_and_saves_predictions(command: Command, tmp_path: Path) -> None:

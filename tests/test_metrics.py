@@ -1,5 +1,6 @@
 """What a run reports: lines that survive faults, a live line, and the trackers' own readers."""
 
+import itertools
 import json
 import math
 import os
@@ -74,6 +75,43 @@ def test_a_spike_has_a_high_z_score_and_skipped_updates_are_counted(log: Metrics
     assert rows[15]["z"] == 0  # too few to compare with
     assert rows[20]["z"] == pytest.approx((8 - 5.5) / 0.5)
     assert [row["step"] for row in rows if row.get("skipped")] == [20, 21]
+
+
+@pytest.mark.parametrize("pace", [0.0, -5.0])
+def test_a_clock_that_stands_still_or_goes_back_ends_nothing(
+    tmp_path: Path, monkeypatch: MonkeyPatch, pace: float
+) -> None:
+    times = itertools.count(100.0, pace)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(times))
+    log = new_logger(tmp_path)
+    for step in range(3):
+        log_step(log, step, loss=1.0)
+    with log.timed("val", 3) as row:
+        row["loss"] = 1.0
+    rows = read_rows(log)
+    assert all(row["tokens_per_s"] > 0 and row["ms"] > 0 for row in rows[:3])
+    assert rows[3]["seconds"] == 0
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_losses_that_do_not_change_have_no_z_score(log: MetricsLogger) -> None:
+    for step in range(20):
+        log_step(log, step, loss=5.0)
+    assert {row["z"] for row in read_rows(log)} == {0.0}
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_without_a_standard_output_nothing_is_printed(
+    tmp_path: Path, monkeypatch: MonkeyPatch, closed: bool
+) -> None:
+    stream = (tmp_path / "out").open("w")
+    stream.close()
+    monkeypatch.setattr(sys, "stdout", stream if closed else None)
+    log = new_logger(tmp_path)
+    log_step(log, 0, loss=0.5)
+    log.print("hello")
+    log.close()
+    assert len(read_rows(log)) == 1
 
 
 def test_a_gpu_step_is_read_one_step_late(log: MetricsLogger, monkeypatch: MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from model import GPT, GPTConfig, LinearCrossEntropy
@@ -113,6 +114,147 @@ def test_damaged_files_are_named_in_one_line(tmp_path: Path, name: str, size: in
     with pytest.raises(ValueError, match="damaged checkpoint") as error:
         GPT.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"n_layer": 10_000_000}, "n_layer 10000000 must be at most"),
+        ({"n_layer": 16_000}, "h.3.ln_1.weight is missing, n_layer is 16000"),
+        ({"n_layer": 0}, "n_layer 0 must be at least 1"),
+        ({"n_layer": -3}, "n_layer -3 must be at least 1"),
+        ({"n_layer": 3.0}, "n_layer 3.0"),
+        ({"n_layer": True}, "n_layer True"),
+        ({"n_layer": "3"}, "n_layer '3'"),
+        ({"n_layer": [3]}, "n_layer [3]"),
+        ({"n_embd": 10**400}, "n_embd is above"),
+        ({"n_embd": 2**63}, "n_embd is above"),
+        ({"n_embd": 2**17}, "wte.weight is of shape (50304, 32)"),
+        ({"n_head": 5}, "n_embd 32 must be a multiple of n_head 5"),
+        ({"vocab_size": 10**7}, "wte.weight is of shape (50304, 32)"),
+        ({"n_positions": {}}, "n_positions {}"),
+        ({"activation_function": ["x" * 1000] * 1000}, "activation_function ['xxx"),
+    ],
+)
+def test_a_shape_that_is_absurd_is_refused_before_anything_is_built(
+    tmp_path: Path, change: dict[str, object], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    GPT(SMALL).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    monkeypatch.setattr("model.Transformer", None)
+    with pytest.raises(ValueError, match="not a GPT-2") as error:
+        GPT.from_pretrained(tmp_path)
+    assert named in str(error.value)
+    assert len(str(error.value)) < 800
+
+
+@pytest.mark.parametrize(
+    "content", ["null", "[]", "3", "[" * 100_000, '{"n_embd": ', '{"a": 1e999}']
+)
+def test_a_config_that_is_no_config_is_one_line(tmp_path: Path, content: str) -> None:
+    GPT(SMALL).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json") as error:
+        GPT.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (torch.full((32,), math.nan), "ln_f.bias is not finite"),
+        (torch.tensor([1e300] * 32, dtype=torch.float64), "ln_f.bias is not finite"),
+        (torch.zeros(32, dtype=torch.int64), "ln_f.bias is of type I64"),
+        (torch.zeros(32, dtype=torch.float8_e4m3fn), "ln_f.bias is of type F8_E4M3"),
+        (torch.zeros(32, dtype=torch.bool), "ln_f.bias is of type BOOL"),
+        (torch.zeros(0), "ln_f.bias is of shape (0,)"),
+        (torch.zeros(()), "ln_f.bias is of shape ()"),
+        (torch.zeros(1, 32), "ln_f.bias is of shape (1, 32)"),
+        (None, "ln_f.bias is missing"),
+    ],
+)
+def test_weights_that_no_model_has_are_refused(
+    tmp_path: Path, value: torch.Tensor | None, named: str
+) -> None:
+    GPT(SMALL).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["transformer.ln_f.bias"]
+    if value is not None:
+        weights["transformer.ln_f.bias"] = value
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="not a GPT-2") as error:
+        GPT.from_pretrained(tmp_path)
+    assert named in str(error.value)
+
+
+def test_a_file_in_place_of_a_folder_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
+    GPT(SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.safetensors is a file"):
+        GPT.from_pretrained(tmp_path / "model.safetensors")
+
+
+def write_in_two_files(folder: Path) -> GPT:
+    """A model in two files and their index, as transformers writes one that is large."""
+    model = GPT(SMALL)
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate((names[:9], names[9:]), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return model
+
+
+def test_only_the_files_that_the_index_names_are_read(tmp_path: Path) -> None:
+    expected = write_in_two_files(tmp_path).state_dict()
+    GPT(SMALL).save_pretrained(tmp_path / "other")
+    other = (tmp_path / "other/model.safetensors").read_bytes()
+    (tmp_path / "model_backup.safetensors").write_bytes(other)
+    (tmp_path / "model-00003-of-00003.safetensors").write_bytes(b"half a download")
+    loaded = GPT.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+    # The standard name goes before the index, as in transformers.
+    (tmp_path / "model.safetensors").write_bytes(other)
+    loaded = GPT.from_pretrained(tmp_path).state_dict()
+    expected = GPT.from_pretrained(tmp_path / "other").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("[]", "index.json"),
+        ("{", "index.json"),
+        ("{}", "index.json: no weight_map"),
+        ('{"weight_map": {}}', "index.json: no weight_map"),
+        ('{"weight_map": [1]}', "index.json: no weight_map"),
+        ('{"weight_map": {"a": 3}}', "index.json: weight_map: 3 is not"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "is not a file beside it"),
+        ('{"weight_map": {"a": "pytorch_model.bin"}}', "is not a file beside it"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(tmp_path: Path, content: str, named: str) -> None:
+    write_in_two_files(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match="damaged checkpoint") as error:
+        GPT.from_pretrained(tmp_path)
+    assert named in str(error.value)
+
+
+def test_a_weight_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    GPT(SMALL).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["ln_f.bias"] = torch.ones(32)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds ln_f\.bias twice"):
+        GPT.from_pretrained(tmp_path)
 
 
 def test_the_default_has_the_published_size_and_cost() -> None:
@@ -241,7 +383,9 @@ def test_too_long_an_input_is_refused_with_the_context_named() -> None:
         GPT(SMALL)(tokens(1, 25))
 
 
-@pytest.mark.parametrize("shape", [{"d_model": 30, "n_heads": 4}, {"n_layers": 0}])
+@pytest.mark.parametrize(
+    "shape", [{"d_model": 30, "n_heads": 4}, {"n_layers": 0}, {"d_model": 2**60}]
+)
 def test_an_impossible_shape_is_refused(shape: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"model\."):
         GPT(GPTConfig(**shape))

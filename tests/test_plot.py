@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import sys
+import tempfile
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -145,6 +152,141 @@ def test_torn_lines_are_left_out_and_said(tmp_path: Path, torn: str) -> None:
     run = plot.read_metrics(log(tmp_path, [start(), train(0, 9.0, 1001)], tail=tail))
     assert run.series("train", "loss")[1].tolist() == [9.0, 8.0]
     assert run.notes == ["torn or unreadable lines left out: 2", "resumed from step_000001"]
+
+
+DEEP: Any = []
+for _ in range(400):
+    DEEP = [DEEP]
+# What a key of a line may hold in a damaged log. The first are no valid value of any key of Row.
+WRONG = [[1], True, "\udc00", DEEP, 10**400, -1, math.nan, math.inf, 2.0**60]
+STRANGE = [None, 0, "", "text", {}, 1e-320, 1e308, -1e308, 2**53, 0.5]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"step": value} for value in (-1, 2**53 + 1, 1.5, "1", None, True, [1], 10**400)),
+        *({"kind": value} for value in (None, 1, [], {})),
+        *({"time": value} for value in (None, "now", -1, 1e300, math.nan, math.inf, True)),
+        *({"config": value} for value in (None, [], "text", 1)),
+        *({"config": {"batch_tokens": value}} for value in (0, -1, "512", 1.5, [], 2**60)),
+        *({"config": {"max_steps": value}} for value in (0, "600", {})),
+        *({"config": {"model": value}} for value in (None, [1], "x")),
+        {"versions": []},
+        {"resumed_from": 5},
+        {"dataset": {}},
+        {"prompt": None},
+        {"text": 5},
+        {"n": 0},
+        {"seconds": -1},
+        {"loss": "low"},
+        {"ms": []},
+    ],
+)
+def test_a_line_of_wrong_types_counts_as_torn(tmp_path: Path, changes: Row) -> None:
+    folder = log(tmp_path, [*a_run(steps=3), train(3, 5.0, 1040.0) | changes])
+    run = plot.read_metrics(folder)
+    assert run.notes == ["torn or unreadable lines left out: 1"]
+    assert list(run.rows["train"]) == [0, 1, 2]
+    plot.report(folder)
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, "1" * 5000, '{"kind": "val", "step": 1, "loss": 1e9' + "9" * 400]
+)
+def test_a_line_that_is_hard_to_parse_counts_as_torn(tmp_path: Path, line: str) -> None:
+    run = plot.read_metrics(log(tmp_path, a_run(steps=3), tail=line))
+    assert run.notes == ["torn or unreadable lines left out: 1"]
+
+
+def test_other_keys_may_hold_anything(tmp_path: Path) -> None:
+    """Every key of every line without a value, and with strange ones: the rest is drawn."""
+    rows = a_run(steps=3)
+    everything = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", category=RuntimeWarning)  # NumPy's
+        for value in (*WRONG, *STRANGE):
+            changed = []
+            for number, row in enumerate(rows):
+                keys = sorted(row.keys() - {"kind", "step"})
+                if number % 2:
+                    changed.append(row | {keys[number % len(keys)]: value})
+                extra = {"z": value, "harness_acc": value, "mfu": value, "grad_norm": value}
+                changed.append(row | extra | {"lr": value, "tokens_per_s": value})
+            folder = log(tmp_path, changed)
+            drawn(folder)
+            assert plot.report(folder).read_text().startswith("# Run report: log\n")
+            everything += changed
+        plot.plot_run(log(tmp_path, everything))
+
+
+@pytest.mark.parametrize("kind", ["run", "train", "hellaswag", "val", "sample"])
+def test_any_key_may_be_missing(tmp_path: Path, kind: str) -> None:
+    rows = a_run(steps=3)
+    keys = {key for row in rows if row["kind"] == kind for key in row} - {"kind", "step"}
+    for gone in (*({key} for key in sorted(keys)), keys):
+        folder = log(
+            tmp_path,
+            [
+                {k: v for k, v in row.items() if row["kind"] != kind or k not in gone}
+                for row in rows
+            ],
+        )
+        plot.report(folder)
+    drawn(folder)
+
+
+A_LOG = "".join(json.dumps(row) + "\n" for row in a_run(steps=3)).encode()
+
+
+@given(
+    flips=st.lists(st.tuples(st.integers(0, len(A_LOG) - 1), st.integers(0, 255)), max_size=20),
+    length=st.one_of(st.just(len(A_LOG)), st.integers(0, len(A_LOG))),
+    log_txt=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_damaged_log_is_read_or_refused(
+    flips: list[tuple[int, int]], length: int, log_txt: bool
+) -> None:
+    content = bytearray(b"0 val 10.9\n1 train 9.5\n" * 100 if log_txt else A_LOG)
+    for position, value in flips:
+        content[position % len(content)] = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "log.txt" if log_txt else "metrics.jsonl")
+        path.write_bytes(content[:length])
+        try:
+            run = plot.read_metrics(folder)
+        except plot.NothingToDraw:
+            return
+        for x in ("tokens", "hours"):
+            with suppress(ValueError):  # an axis that is not recorded any more
+                plot.moving_average(run.series("train", "loss", x)[1], 2)
+        if run.start is not None:
+            plot.report(folder)
+        assert path.read_bytes() == content[:length]
+
+
+@pytest.mark.parametrize("clock", [[1000.0] * 4, [1000.0, 900.0, 800.0, 700.0], [0.0] * 4])
+def test_a_clock_that_stands_still_or_goes_backwards(tmp_path: Path, clock: list[float]) -> None:
+    first, *others = clock
+    rows = [start(time=first), *(train(i, 9.0, now) for i, now in enumerate(others))]
+    folder = log(tmp_path, [*rows, val(3, 9.0, clock[-1])])
+    plot.plot_run(folder)
+    assert reported(folder)["time, all"] == ["2.3 s"]
+    assert reported(folder)["time, validation"] == ["2.0 s (87.0%)"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn(folder, x="hours")
+
+
+def test_a_wide_average_is_that_of_all_and_takes_no_time() -> None:
+    values = np.random.default_rng(0).normal(size=200_001)
+    values[7] = np.nan
+    values[9] = 1e30  # which must not swallow its neighbours' digits
+    average = plot.moving_average(values, 100_001)
+    assert average[100_000] == pytest.approx(np.nanmean(values[50_000:150_001]), rel=1e-9)
+    assert plot.moving_average(values, 2**31)[0] == pytest.approx(np.nanmean(values[:100_001]))
+    assert plot.moving_average(values[:0], 5).tolist() == []
 
 
 def test_a_loss_that_is_not_finite_is_a_gap_and_said(tmp_path: Path) -> None:
@@ -325,9 +467,55 @@ def test_the_picture_has_the_place_and_format_asked_for(
 ) -> None:
     folder = log(tmp_path, a_run(steps=20))
     command(folder, *(arg.format(folder) for arg in args))
-    assert (folder / picture).read_bytes().startswith(magic)
-    assert f"![curves]({picture})" in (folder / "report.md").read_text()
-    assert not list(folder.rglob(".*"))
+    path = folder / picture
+    assert path.read_bytes().startswith(magic)
+    assert f"![curves]({path.name})" in path.with_name("report.md").read_text()
+    assert len([file for file in folder.rglob("*") if file.is_file()]) == 3
+
+
+def test_elsewhere_only_the_picture_and_its_report_are_written(
+    tmp_path: Path, command: Command
+) -> None:
+    folder = log(tmp_path, a_run(steps=5))
+    out = tmp_path / "paper/curves.pdf"
+    expected = f"wrote {out}\nwrote {out.with_name('report.md')}\n"
+    assert command(folder, "--out", out) == (0, expected, "")
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
+    assert command(folder, "--out", out) == (0, expected, "")  # its own report is replaced
+    out.with_name("report.md").write_text("# My paper\n")
+    code, output, _ = command(folder, "--out", out)
+    assert (code, "left as it is" in output) == (0, True)
+    assert out.with_name("report.md").read_text() == "# My paper\n"
+
+
+def test_a_log_that_is_called_report_md_is_not_overwritten(
+    tmp_path: Path, command: Command
+) -> None:
+    path = (log(tmp_path, a_run(steps=5)) / "metrics.jsonl").rename(tmp_path / "report.md")
+    before = path.read_bytes()
+    assert command(path)[0] == 0
+    assert path.read_bytes() == before
+
+
+def test_a_name_is_drawn_as_it_is(tmp_path: Path, command: Command) -> None:
+    folder = log(tmp_path, a_run(steps=5))
+    names = ["$x_{", "_hidden", "a\nb\udcff", "\u540d\U0001f600", "long" * 1000]
+    assert command(*(f"{name}={folder}" for name in names))[::2] == (0, "")
+    figure = Figure()
+    plot.draw(figure, [plot.read_metrics(folder, name) for name in names], "steps", None)
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == ["$x_{", "_hidden", "a?b?", names[3], "long" * 15 + "..."]
+
+
+def test_without_matplotlib_it_says_how_to_get_it(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = log(tmp_path, a_run(steps=5))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, error = command(folder)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "pip install" in error
 
 
 def test_an_overlay_leaves_the_runs_own_pictures_alone(tmp_path: Path, command: Command) -> None:
@@ -357,6 +545,24 @@ def test_watching_draws_again_until_it_is_interrupted(
     assert "8.0000" in (folder / "report.md").read_text()
 
 
+def test_watching_waits_for_a_log(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = iter(['{"kind": "tr', json.dumps(train(0, 9.0, 1001.0)) + "\n"])
+    (tmp_path / "log").mkdir()
+
+    def next_content(_: float) -> None:
+        content = next(contents, None)
+        if content is None:
+            raise KeyboardInterrupt
+        (tmp_path / "log/metrics.jsonl").write_text(content)
+
+    monkeypatch.setattr(plot.time, "sleep", next_content)
+    code, output, _ = command("log", "--watch")
+    assert code == 0
+    assert [line.split()[0] for line in output.splitlines()] == ["waiting:", "waiting:", "wrote"]
+
+
 def test_showing_without_a_window_system_says_so(tmp_path: Path, command: Command) -> None:
     matplotlib.use("agg")
     folder = log(tmp_path, a_run(steps=5))
@@ -375,6 +581,33 @@ def test_showing_without_a_window_system_says_so(tmp_path: Path, command: Comman
         ("metrics.jsonl", json.dumps(start()), ["."], "metrics.jsonl"),
         ("log.txt", "0 val 10.9\n", [".", "--x", "hours"], "hours"),
         ("log.txt", "0 val 10.9\n", [".", "--out", "curves.jpg"], "curves.jpg"),
+        ("log.txt", "0 val 10.9\n", [".", "--out", "folder.png"], "folder.png is not a regular"),
+        ("log.txt", "0 val 10.9\n", [".", "--out", "log.txt/x.png"], "log.txt"),
+        ("log.txt", "0 val 10.9\n", [".", "--out", "", "--format", "png"], "--out ."),
+        (
+            "log.txt",
+            "0 val 10.9\n",
+            [".", "--watch", "--out", "/proc/x.png"],
+            "cannot write /proc/x",
+        ),
+        ("log.png", "0 val 10.9\n", ["log.png", "--out", "./log.png"], "is the log itself"),
+        ("log.txt", "0 val 10.9\n", [".", "--smooth", "-5"], "smooth -5"),
+        ("log.txt", "0 val 10.9\n", [".", "--smooth", "9" * 40], "smooth 999"),
+        ("log.txt", "0 val 10.9\n", [".", "--smooth", "x"], "--smooth"),
+        ("log.txt", "0 val 10.9\n", [".", "--no-such"], "--no-such"),
+        ("log.txt", "0 val 10.9\n", [".", "--x", "miles"], "--x"),
+        (
+            "log.txt",
+            "0 val 1.2.3\n\u0660 val 1\n" + "9" * 400 + " val 1\n",
+            ["."],
+            "nothing to draw",
+        ),
+        ("log.txt", "", ["fifo"], "fifo is not a regular file"),
+        ("log.txt", "", ["fifo", "--watch"], "fifo is not a regular file"),
+        ("metrics.jsonl/x", "", ["."], "metrics.jsonl is not a regular file"),
+        ("log.txt", "", ["/dev/zero"], "/dev/zero is not a regular file"),
+        ("log.txt", "\0" * 1000, ["."], "nothing to draw"),
+        ("log.txt", "", ["huge"], "too many"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(
@@ -382,6 +615,10 @@ def test_a_mistake_is_one_line_and_writes_nothing(
 ) -> None:
     Path(file).parent.mkdir(exist_ok=True)
     Path(file).write_text(content)
+    os.mkfifo("fifo")
+    Path("folder.png").mkdir()
+    with open("huge", "wb") as huge:
+        huge.truncate(2**40)
     before = sorted(tmp_path.rglob("*"))
     code, _, error = command(*args)
     assert code == 2
@@ -398,7 +635,7 @@ def test_a_failure_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.Mo
     def full(_: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(plot.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space"):
         plot.plot_run(folder)
     assert (folder / "plot.png").read_bytes() == b"old"

@@ -1,5 +1,7 @@
 """Sampling: the cache, the draw, the stop, and the text that eval.py prints."""
 
+from common import END_OF_TEXT, VOCAB_SIZE
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import eval
-from common import END_OF_TEXT, VOCAB_SIZE
 from dataset import get_tokenizer
 from eval import (
     Sampler,

@@ -1,5 +1,7 @@
 """The tokenizer is GPT-2's, for any text, without a network."""
 
+import common
+
 import json
 import time
 from pathlib import Path
@@ -10,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 
-import common
 import dataset
 
 
@@ -92,6 +93,33 @@ def test_the_delimiter_inside_a_text_is_text() -> None:
     assert np.count_nonzero(tokens == 50256) == len(texts)
     documents = np.split(tokens, np.flatnonzero(tokens == 50256))[1:]
     assert [dataset.get_tokenizer().decode(d[1:].tolist()) for d in documents] == texts
+
+
+@given(text=st.text(max_size=60) | st.text(alphabet=" \n\u3000\x1ca<|>\ud800", max_size=40))
+@settings(deadline=None)
+def test_ordinary_text_has_no_delimiter_in_front_and_the_tokens_of_tiktoken(text: str) -> None:
+    valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    tokens = dataset.get_tokenizer().encode_ordinary(valid)
+    assert dataset.encode_ordinary(text) == tokens
+    assert dataset.encode([text]).tolist() == [50256, *tokens]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u3000" * 3_000_000 + "x",
+        " " * 3_000_000 + "x",
+        (" " * 65_535 + "x") * 50,
+        " " * 65_535 + "a b " * 500_000,
+        "\ud800" * 500_000,
+        "<|endoftext|>" * 200_000,
+    ],
+)
+def test_megabytes_of_any_text_take_seconds(text: str) -> None:
+    start = time.perf_counter()
+    tokens = dataset.encode_ordinary(text)
+    assert time.perf_counter() - start < 20
+    assert dataset.get_tokenizer().decode(tokens) == text.replace("\ud800", "\ufffd")
 
 
 def test_half_a_surrogate_pair_becomes_a_replacement_character() -> None:

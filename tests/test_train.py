@@ -7,12 +7,24 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from launcher import ROOT, TINY, metrics, run_well, write_shards
+from launcher import (
+    ROOT,
+    TINY,
+    fork,
+    metrics,
+    refused,
+    run,
+    run_well,
+    saved_steps,
+    write_shards,
+)
 from safetensors import safe_open
 
 import train
@@ -182,7 +194,106 @@ def test_the_weights_of_a_compiled_run_have_hugging_faces_names(folder: Path, ra
 def test_hellaswag_that_cannot_be_loaded_is_reported_once_and_training_continues(
     folder: Path,
 ) -> None:
-    (folder / "broken.jsonl").write_text("{not json\n")
-    flags = ("--hellaswag-every", "2", "--hellaswag-data", "broken.jsonl", "--max-steps", "5")
-    assert run_well(folder, *flags).count("HellaSwag is skipped") == 1
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "WORLD_SIZE": "1"}
+    flags = ("--hellaswag-every", "2", "--max-steps", "5")
+    training = fork(folder, ["train.py", *TINY, *flags], offline)
+    assert training.wait() == 0, training.err
+    assert training.out.count("HellaSwag is skipped") == 1
     assert len(metrics(folder / "log", "train")) == 5
+
+
+ROW = {"activity_label": "a", "ctx": "b c", "ctx_a": "b", "ctx_b": "c", "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("line", "vocab", "word"),
+    [
+        ("{not json", "300", "line 1"),
+        ('{"ctx": 1}', "300", "line 1"),
+        (json.dumps(ROW | {"endings": ["a", "b", "c", "d " * 50]}), "50304", "an ending of"),
+        (json.dumps(ROW | {"endings": ["a", "b", "c", "hello"]}), "300", "the vocabulary of 300"),
+    ],
+)
+def test_a_hellaswag_file_that_cannot_be_used_is_refused_before_the_first_step(
+    folder: Path, line: str, vocab: str, word: str
+) -> None:
+    (folder / "broken.jsonl").write_text(f"{line}\n")
+    flags = ("--hellaswag-every", "2", "--hellaswag-data", "broken.jsonl")
+    refused(run(folder, *flags, "--model.vocab-size", vocab), "broken.jsonl", word)
+    assert not (folder / "log/metrics.jsonl").exists()
+
+
+def break_chores(run: Any) -> None:
+    """Samples and HellaSwag fail from step 1 on."""
+    run.sampler.generate = Mock(side_effect=RuntimeError("no memory\nand a second line"))
+    run.hellaswag_examples = [None]
+
+
+def test_a_chore_that_fails_is_skipped_and_costs_no_checkpoint(folder: Path) -> None:
+    (folder / "h.jsonl").write_text(json.dumps(ROW | {"endings": ["a", "b", "c", "d"]}) + "\n")
+    flags = ("--sample-every", "7", "--hellaswag-every", "7", "--hellaswag-data", "h.jsonl")
+    more = ("--model.vocab-size", "50304", "--max-steps", "8")
+    out = run_well(folder, *flags, *more, on_step=break_chores)
+    assert out.count("step     7 | sample is skipped: no memory\n") == 1
+    assert out.count("step     7 | hellaswag is skipped: ") == 1
+    assert saved_steps(folder / "log") == [0, 7, 8]
+
+
+def test_a_checkpoint_is_saved_before_the_validation_of_its_step(folder: Path) -> None:
+    """Whatever stops the validation: even a kill."""
+    flags = ("--checkpoint-every", "10", "--val-every", "10")
+    run_well(folder, *flags, "--max-steps", "20")
+    kinds = [json.loads(line) for line in (folder / "log/metrics.jsonl").open()]
+    state = torch.load(folder / "log/step_000020/training_state.pt", weights_only=True)
+    val = {row["step"]: row["loss"] for row in kinds if row["kind"] == "val"}
+    assert state["best_val"] == val[10] > val[20]
+
+
+def break_saving(first: int, run: Any) -> None:
+    """No checkpoint of step ``first`` or later can be written."""
+    if run.step == first:
+        run.writer.start = Mock(side_effect=OSError("No space left on device"))
+
+
+@pytest.mark.parametrize(("first", "newest"), [(0, "step_000000"), (10, "step_000007")])
+def test_a_run_whose_last_checkpoint_could_not_be_written_ends_with_1(
+    folder: Path, first: int, newest: str
+) -> None:
+    fault = partial(break_saving, first)
+    code, out, err = run(folder, "--max-steps", "12", on_step=fault)
+    assert code == 1
+    assert err.startswith("train.py: the last checkpoint was not saved, the newest is log/")
+    assert err.endswith(f"{newest}: No space left on device\n")
+    assert err.count("\n") == 1
+    assert "checkpoint not saved: No space left on device\n" in out  # and not that it continues
+    assert "done: metrics.jsonl" in out
+
+
+def test_the_last_lines_name_no_checkpoints_where_there_are_none(folder: Path) -> None:
+    out = run_well(folder, "--max-steps", "5", "--checkpoint-every", "0")
+    assert out.splitlines()[-1] == "done: metrics.jsonl are in log/"
+
+
+def break_plot(run: Any) -> None:
+    train.plot.plot_run = Mock(side_effect=RuntimeError("no fonts"))
+
+
+def test_a_plot_that_fails_does_not_fail_the_run(folder: Path) -> None:
+    out = run_well(folder, "--max-steps", "5", on_step=break_plot)
+    assert "no plot: no fonts\n" in out
+    assert "done: metrics.jsonl and checkpoints are in log/" in out
+
+
+def rename_log(run: Any) -> None:
+    """The log folder is moved away, and another one is where it was."""
+    if run.step == 5:
+        Path("log").rename("moved")
+        Path("log").mkdir()
+
+
+def test_a_log_folder_that_is_replaced_stops_the_run_which_writes_no_more(folder: Path) -> None:
+    code, _, err = run(folder, on_step=rename_log)
+    assert code == 1
+    assert err == "train.py: log was renamed, removed or replaced during the run\n"
+    assert list((folder / "log").iterdir()) == []
+    assert len(metrics(folder / "moved", "train")) == 5
