@@ -19,7 +19,6 @@ import math
 import os
 import re
 import reprlib
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -443,12 +442,7 @@ def main() -> None:
         model = open_checkpoint(config.checkpoint, config.verify).to(device)
         check_vocabulary(examples, model.config.vocab_size)
         start = time.perf_counter()
-        try:  # a full disk behind standard error must not cost the figures
-            print(f"{len(examples)} examples", file=sys.stderr, flush=True)
-            progress = True
-        except OSError:
-            progress = False
-        chosen = predict(model, examples, device, dtype=dtype, progress=progress)
+        chosen = predict(model, examples, device, dtype=dtype, progress=True)
         summary = summarize(examples, chosen)
         summary["seconds"] = time.perf_counter() - start
         try:
