@@ -1,7 +1,8 @@
 """What every script needs: options, device, ranks, files and locks, the hub, one-line errors.
 
-torch takes seconds to import and not every script needs it, so the functions that do import it. So
-it is with every other package: until this module is imported, Ctrl-C prints a traceback.
+torch takes seconds to import and not every script needs it, so the functions that do import it.
+Other packages are imported late too: until the last lines of this module have run, Ctrl-C prints a
+traceback.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def check_options(config: Any, prefix: str = "") -> list[str]:
 def parse_options(
     config_class: type[Options], description: str | None, default: Options | None = None
 ) -> Options:
-    """The command line's flags as a ``config_class``; a refused flag is one line, exit code 2.
+    """Parse the command line into a ``config_class``. Raises ValueError for a refused flag.
 
     ``default`` holds the values of the flags that are not given.
     """
@@ -261,7 +262,7 @@ class DistInfo:
             outcome.append(function())
         except (ValueError, OSError) as caught:
             error = caught
-        failure = None if error is None else (isinstance(error, USER_ERRORS), str(error))
+        failure = None if error is None else (exit_code(error) == 2, str(error))
         failures = self.gather(failure)
         if error is not None:
             raise error
@@ -423,7 +424,7 @@ def hub_problem() -> str:
     import urllib.request
 
     host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    if host is None or urllib.request.getproxies():
+    if host is None or urllib.request.getproxies().keys() & {"http", "https", "all"}:
         return ""
     answers: list[str] = []
 
@@ -431,7 +432,7 @@ def hub_problem() -> str:
         try:
             socket.getaddrinfo(host, None)
             answers.append("")
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a label of HF_ENDPOINT may be too long
             answers.append(str(error))
 
     thread = threading.Thread(target=resolve, name="resolve", daemon=True)
@@ -602,6 +603,6 @@ def _exit_interrupted(number: int, frame: Any) -> None:
 # Only where one of these scripts is the program: a notebook that imports them keeps its handler.
 # A SIGINT that is ignored, as in a shell's background job, stays ignored.
 _program = getattr(sys.modules["__main__"], "__file__", None) or ""
-_is_script = Path(_program).resolve().parent == Path(__file__).resolve().parent
+_is_script = _program != "" and Path(_program).resolve().parent == Path(__file__).resolve().parent
 if _is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _exit_interrupted)
