@@ -98,6 +98,7 @@ class HellaSwagConfig:
             for source in {Path(self.checkpoint), Path(find_checkpoint(self.checkpoint))}:
                 if source.is_dir():
                     inputs += [file for pattern in INPUT_FILES for file in source.glob(pattern)]
+                    inputs.append(source.absolute().parent / "metrics.jsonl")  # of its run
             for file in inputs:
                 if file.exists() and os.path.samefile(file, output):  # by a link too
                     return [f"--output {output} is the input {file}; give another file"]
