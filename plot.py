@@ -2,7 +2,7 @@
 
 A RUN is a log folder of train.py, a metrics.jsonl or build-nanogpt's log.txt; NAME=RUN names it.
 One run gets plot.png and report.md in its folder, several get overlay.png in the first one's.
-With --out, the report of a single run is written next to the picture.
+With --out in another folder nothing but that picture is written.
 
 Example: python plot.py ours=log lineage=build-nanogpt/log/log.txt --x tokens --out curves.pdf
 """
@@ -53,7 +53,6 @@ GPT3_SCORES = {"acc_norm": 0.337}
 GPT2_VAL_LOSS = 3.2924
 FINEWEB_EDU = "edufineweb"
 
-REPORT_TITLE = "# Run report: "  # how a report begins, before the name of its run
 # What the report calls the kinds of lines that take time.
 KIND_NAMES = {
     "val": "validation",
@@ -554,7 +553,7 @@ def report(run_dir: Path | str, picture: Path | None = None) -> Path:
         settings.pop(name, None)
     head = ("", "this run", "GPT-2 124M, published", "GPT-3 124M, published")
     parts = [
-        f"{REPORT_TITLE}{run.name}",
+        f"# Run report: {run.name}",
         f"![curves]({picture.name})",
         markdown_table([head, *result_rows(run)]),
         "± standard error. Published: build-nanogpt (loss at T=1024); GPT-3's table H.1.",
@@ -606,23 +605,6 @@ def choose_picture(config: PlotConfig, runs: list[RunLog]) -> Path:
     return out
 
 
-def may_write_report(run: RunLog, picture: Path) -> bool:
-    """Whether the report of this run can go next to the picture without a loss.
-
-    Elsewhere than in the run's folder a report.md may be the user's own, or of another run.
-    """
-    path = picture.with_name("report.md")
-    if path.resolve() == run.path.resolve():
-        return False
-    if not path.exists() or picture.parent.resolve() == run.path.parent.resolve():
-        return True
-    if not path.is_file():
-        return False
-    title = f"{REPORT_TITLE}{run.name}\n".encode(errors="replace")
-    with path.open("rb") as file:
-        return file.read(len(title)) == title
-
-
 def draw_once(config: PlotConfig) -> None:
     """Read the runs, write the picture and, for a single run of ours, the report."""
     runs = read_runs(config.runs)
@@ -630,11 +612,11 @@ def draw_once(config: PlotConfig) -> None:
     try:
         plot(runs, out, config.x, config.smooth)
         print(f"wrote {out}")
-        if len(runs) == 1 and runs[0].start is not None:
-            if may_write_report(runs[0], out):
-                print(f"wrote {report(runs[0].path, out)}")
-            else:
-                print(f"{out.with_name('report.md')} is another file: left as it is, no report")
+        # With --out elsewhere nothing but the picture is written.
+        beside = out.resolve().parent == runs[0].path.resolve().parent
+        is_report = runs[0].path.name == "report.md"  # a log may have any name
+        if len(runs) == 1 and runs[0].start is not None and beside and not is_report:
+            print(f"wrote {report(runs[0].path, out)}")
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
             raise
