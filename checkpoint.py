@@ -132,24 +132,22 @@ def find_checkpoint(source: str | Path, check: bool = False) -> str | Path:
         raise FileNotFoundError(f"{source}: no config.json and no step_* checkpoint in it")
     if not check:
         return checkpoints[0]
-    for checkpoint in checkpoints:
-        damage = _model_damage(checkpoint) or _misnamed(checkpoint)
-        if damage is None:
-            return checkpoint
-        print(f"{checkpoint}: damaged ({damage}); trying the one before", file=sys.stderr)
-    raise ValueError(f"{source}: no valid checkpoint; --no-verify reads the newest as it is")
+    valid = _newest_valid(checkpoints, model_only=True)
+    if valid is None:
+        raise ValueError(f"{source}: no valid checkpoint; --no-verify reads the newest as it is")
+    return valid
 
 
-def open_checkpoint(source: str, verify: bool) -> GPT:
+def open_checkpoint(source: str, check: bool) -> GPT:
     """The model of a checkpoint folder, a log folder or a hub id, on the CPU in fp32.
 
-    With ``verify`` its files are compared with checksums.json, where there is one. Raises
+    With ``check`` its files are compared with checksums.json, where there is one. Raises
     ValueError when they are damaged, FileNotFoundError when there is no model.
     """
-    found = find_checkpoint(source, check=verify)
+    found = find_checkpoint(source, check)
     # Without config.json there is nothing to read, which from_pretrained says better.
-    if verify and found == source and (Path(found) / "config.json").is_file():
-        damage = _model_damage(Path(found))
+    if check and found == source and (Path(found) / "config.json").is_file():
+        damage = verify(Path(found), model_only=True)
         if damage is not None:
             raise ValueError(f"{found}: damaged ({damage}); --no-verify reads it nevertheless")
     return GPT.from_pretrained(found)
@@ -162,42 +160,48 @@ def latest_valid(log_dir: Path) -> Path | None:
     from scratch beside them is the user's decision.
     """
     checkpoints = list_checkpoints(log_dir)
-    for folder in checkpoints:
-        damage = verify(folder) or _misnamed(folder)
-        if damage is None:
-            return folder
-        print(f"{folder}: damaged ({damage}); trying the one before", file=sys.stderr)
-    if checkpoints:
+    valid = _newest_valid(checkpoints, model_only=False)
+    if checkpoints and valid is None:
         raise ValueError(
             f"{log_dir}: no valid checkpoint; give a new --log-dir to start from scratch"
         )
+    return valid
+
+
+def _newest_valid(checkpoints: list[Path], model_only: bool) -> Path | None:
+    """The first of the checkpoints that is not damaged; those before it are reported."""
+    for folder in checkpoints:
+        damage = verify(folder, model_only) or _misnamed(folder)
+        if damage is None:
+            return folder
+        print(f"{folder}: damaged ({damage}); trying the one before", file=sys.stderr)
     return None
 
 
-def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None when they match their checksums."""
-    try:
-        checksums = _read_checksums(folder)
-        # An incomplete list would let a folder without weights pass.
-        if not {STATE_FILE, "model.safetensors", "config.json"} <= set(checksums):
-            return f"{CHECKSUMS_FILE} does not list all files"
-        return _mismatch(folder, checksums)
-    except (OSError, ValueError) as error:
-        return str(error)
+def verify(folder: Path, model_only: bool = False) -> str | None:
+    """What is wrong with a checkpoint's files, or None when they match their checksums.
 
-
-def _model_damage(folder: Path) -> str | None:
-    """Like ``verify`` for the files of the model, which may have been copied without the rest."""
-    if not (folder / CHECKSUMS_FILE).exists():
+    With ``model_only`` the training state is not read, and a folder without checksums is valid: it
+    may be a copy of the model, or another program's.
+    """
+    needed = {"model.safetensors", "config.json"}  # a shorter list would let them be missing
+    if not model_only:
+        needed.add(STATE_FILE)
+    elif not (folder / CHECKSUMS_FILE).exists():
         return None if (folder / "config.json").exists() else "no config.json"
     try:
         checksums = _read_checksums(folder)
-        if not {"model.safetensors", "config.json"} <= set(checksums):
+        if not needed <= set(checksums):
             return f"{CHECKSUMS_FILE} does not list all files"
-        checksums.pop(STATE_FILE, None)
-        return _mismatch(folder, checksums)
+        for name, expected in checksums.items():
+            if model_only and name == STATE_FILE:
+                continue
+            require_regular_file(folder / name)
+            if _checksum(folder / name) != expected:
+                return f"{name} does not match its checksum"
     except (OSError, ValueError) as error:
         return str(error)
+    return None
 
 
 def _read_checksums(folder: Path) -> dict[str, list[int]]:
@@ -207,15 +211,6 @@ def _read_checksums(folder: Path) -> dict[str, list[int]]:
         if name in ("", ".", "..") or not set(name).isdisjoint("/\\\0"):
             raise ValueError(f"{CHECKSUMS_FILE} names {name!r}, which is not a file of this folder")
     return checksums
-
-
-def _mismatch(folder: Path, checksums: dict[str, list[int]]) -> str | None:
-    """Which of the files does not match, or None."""
-    for name, expected in checksums.items():
-        require_regular_file(folder / name)
-        if _checksum(folder / name) != expected:
-            return f"{name} does not match its checksum"
-    return None
 
 
 def _step_of_name(folder: Path) -> int | None:

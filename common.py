@@ -83,6 +83,11 @@ def parse_options(
     """
     import tyro
 
+    for before, argument in itertools.pairwise(sys.argv):
+        # As from an unset shell variable. An empty path would mean the working directory.
+        flag = argument.removesuffix("=") if argument.startswith("--") else before
+        if (argument == "" or argument == f"{flag}=") and not flag.endswith("prompt"):
+            raise ValueError(f"{flag} is followed by an empty value; leave it out or fill it")
     box = io.StringIO()  # tyro explains a mistake in a box of several lines
     try:
         with contextlib.redirect_stderr(box):
@@ -363,8 +368,11 @@ class FolderLock:
     The operating system releases it however the process ends, so it is never stale.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        """Raises filelock.Timeout when another process holds it, OSError when it cannot be made."""
+    def __init__(self, folder: Path, name: str, seconds: float) -> None:
+        """Wait up to ``seconds`` for a process that holds it.
+
+        Raises filelock.Timeout when it still does, OSError when the lock cannot be made.
+        """
         import filelock
 
         self._folder = folder
@@ -376,7 +384,7 @@ class FolderLock:
         if not stat.S_ISREG(self._path.lstat().st_mode):
             raise OSError(f"{self._path} is not a regular file")
         self._lock = filelock.FileLock(self._path, thread_local=False)
-        self._lock.acquire(blocking=False)
+        self._lock.acquire(timeout=seconds, poll_interval=0.02)
         self._inode = self._path.stat().st_ino
 
     def check(self) -> None:
@@ -393,16 +401,17 @@ class FolderLock:
         self._lock.release()
 
 
-def lock_folder(folder: Path, flag: str, name: str = ".lock") -> FolderLock:
+def lock_folder(folder: Path, flag: str, name: str = ".lock", seconds: float = 0.0) -> FolderLock:
     """Lock a folder, which is made where it is missing. ``flag`` is the option that names it.
 
-    Raises ValueError when another process holds the lock or the folder cannot be written.
+    Raises ValueError when another process holds the lock for ``seconds``, or the folder cannot be
+    written.
     """
     import filelock
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return FolderLock(folder, name)
+        return FolderLock(folder, name, seconds)
     except filelock.Timeout:
         raise ValueError(
             f"{folder}: another run is writing there; wait for it or give another {flag}"
@@ -538,6 +547,14 @@ def discard_output() -> None:
         os.close(null)
 
 
+def flush_output() -> None:
+    """Flush standard output, or discard what cannot be written."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        discard_output()
+
+
 @contextlib.contextmanager
 def exit_with_one_line(remedy: str = "") -> Iterator[None]:
     """Turn any error into one line on standard error and an exit code.
@@ -545,26 +562,25 @@ def exit_with_one_line(remedy: str = "") -> Iterator[None]:
     ``remedy`` says how to continue after a failure that was not the user's mistake, or Ctrl-C.
     """
     make_streams_safe()
-    in_import = signal.getsignal(signal.SIGINT) is _exit_interrupted
-    if in_import:  # from here on Ctrl-C may wait for what has to be cleaned up
+    has_import_handler = signal.getsignal(signal.SIGINT) is _exit_interrupted
+    if has_import_handler:  # from here on Ctrl-C raises, so that what is open can be closed
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
         sys.stdout.flush()  # here, where its failure is one line
     except SystemExit:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            raise
-        discard_output()
+        flush_output()
         raise
     except GeneratorExit:
         raise
     except BrokenPipeError:
-        discard_output()  # the reader, such as `head`, has what it wanted
+        # The reader of standard output, such as `head`, has what it wanted. Connections raise
+        # errors of their libraries' own.
+        discard_output()
     except BaseException as error:  # tiktoken's panics are no Exception
         _exit_for(error, remedy)
     finally:
-        if in_import:  # nor may Ctrl-C print a traceback while Python ends
+        if has_import_handler:  # nor may Ctrl-C print a traceback while Python ends
             signal.signal(signal.SIGINT, _exit_interrupted)
 
 
@@ -582,10 +598,7 @@ def _exit_for(error: BaseException, remedy: str) -> None:
         message += f" (rank {rank})"
     with contextlib.suppress(OSError, ValueError):
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        discard_output()
+    flush_output()
     if code == 130 or os.environ.get("WORLD_SIZE", "1") != "1":
         # At once, without Python's own clean-up: a thread may be waiting for the network. Among
         # several ranks NCCL would wait for those that will never come, and torchrun, which does

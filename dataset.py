@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import filelock
 import msgspec
 import numpy as np
 import tiktoken
@@ -856,29 +855,20 @@ def begin(
     stop = len(chunks) * (rank + 1) // world_size
     # From looking at the other machines' indexes until ours is there nobody else may do the same:
     # two runs that begin together would each find an empty folder.
-    lock = _wait_for_lock(folder)
+    lock = common.lock_folder(folder, "--data-dir", name=".begin.lock", seconds=LOCK_SECONDS)
     try:
         return _continue_index(folder, name, index, stop - first), chunks[first:stop]
     finally:
         lock.release()
 
 
-def _wait_for_lock(folder: Path) -> common.FolderLock:
-    # It is held for moments only, so another machine that begins at the same time is waited for.
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            return common.FolderLock(folder, ".begin.lock")
-        except filelock.Timeout:
-            if time.monotonic() > deadline:
-                raise ValueError(f"{folder}: another run holds .begin.lock there") from None
-            time.sleep(0.02)
-
-
 def _continue_index(folder: Path, name: str, index: ShardIndex, chunks: int) -> ShardIndex:
     # The index of that name in the folder, or the new one, written. ValueError if the folder holds
     # other work.
     begun = read_indexes(folder)
+    has_shards = any(folder.glob("*.npy"))
+    if not has_shards and folder / name in begun and not begun[folder / name].shards:
+        del begun[folder / name]  # nothing came of it: a mistake in the source can be mended
     for path, other in begun.items():
         changed = [
             f"{field} was {getattr(other, field)} and is now {getattr(index, field)}"
@@ -887,7 +877,7 @@ def _continue_index(folder: Path, name: str, index: ShardIndex, chunks: int) -> 
         ]
         if changed:
             raise ValueError(f"{path}: {'; '.join(changed)}: give another --data-dir")
-    if not begun and any(folder.glob("*.npy")):
+    if not begun and has_shards:
         raise ValueError(f"{folder} holds shards but no index.json: give another --data-dir")
     index = begun.get(folder / name, index)
     for i, shard in enumerate(index.shards):

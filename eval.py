@@ -521,7 +521,7 @@ def encode_prompt(prompt: str, vocab_size: int) -> list[int]:
     if max(ids) >= vocab_size:
         raise ValueError(
             f"prompt {prompt[:40]!r}: token {max(ids)} is outside the model's vocabulary of"
-            f" {vocab_size}; give another prompt or checkpoint"
+            f" {vocab_size}; give another prompt"
         )
     return ids
 

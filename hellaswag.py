@@ -16,7 +16,6 @@ import common
 import functools
 import json
 import math
-import os
 import re
 import reprlib
 import time
@@ -33,7 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from checkpoint import find_checkpoint, open_checkpoint
+from checkpoint import open_checkpoint
 from dataset import encode_ordinary
 from model import GPT
 
@@ -52,9 +51,7 @@ BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 ROUND_TO = 8
 # Rows shorter than this fraction of a batch's longest row wait for a batch with less padding.
 MIN_FILL = 0.85
-# Names of the files of a checkpoint or a log folder, which --output must not replace. Other names
-# there, such as those of earlier predictions, may be used again.
-INPUT_FILES = ("*.safetensors", "*.json", "*.pt", "merges.txt", "metrics.jsonl")
+
 LOCAL_FILE = "give HellaSwag as a JSONL file with --data (train.py: --hellaswag-data)"
 
 
@@ -88,20 +85,12 @@ class HellaSwagConfig:
 
     def _output_problems(self, output: Path) -> list[str]:
         # It is written after minutes of work, and replaces what is there.
-        folder = output.absolute().parent
-        if not folder.is_dir():
+        if not output.absolute().parent.is_dir():
             return [f"--output {output}: its folder does not exist; create it first"]
-        if output.exists():
-            if not output.is_file():
-                return [f"--output {output} is not a regular file; give another"]
-            inputs = [self.data] if self.data is not None else []
-            for source in {Path(self.checkpoint), Path(find_checkpoint(self.checkpoint))}:
-                if source.is_dir():
-                    inputs += [file for pattern in INPUT_FILES for file in source.glob(pattern)]
-                    inputs.append(source.absolute().parent / "metrics.jsonl")  # of its run
-            for file in inputs:
-                if file.exists() and os.path.samefile(file, output):  # by a link too
-                    return [f"--output {output} is the input {file}; give another file"]
+        if output.exists() and not output.is_file():
+            return [f"--output {output} is not a regular file; give another"]
+        if output.exists() and not holds_predictions(output):
+            return [f"--output {output} exists and holds no predictions; give another file"]
         try:  # the temporary file from which the output will be renamed
             temporary = output.with_name(f".{output.name}.tmp")
             temporary.open("wb").close()
@@ -396,6 +385,18 @@ def check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
                     f"{request.where}: token {largest} is outside the model's vocabulary of"
                     f" {vocab_size}"
                 )
+
+
+def holds_predictions(path: Path) -> bool:
+    """Whether a file is empty or was written by ``write_predictions``."""
+    with path.open("rb") as file:
+        start = file.read(1024)  # a line has some 60 bytes
+    if not start:
+        return True
+    try:
+        return set(json.loads(start.splitlines()[0])) == {"ind", "label", *CONVENTIONS}
+    except (ValueError, TypeError):
+        return False
 
 
 def write_predictions(path: Path, examples: Sequence[Example], chosen: Tensor) -> None:

@@ -47,7 +47,7 @@ import hellaswag
 import metrics
 import plot
 from data_loader import StepLayout, TokenDataset, TokenLoader
-from eval import Sampler, SamplingOptions, validation_loss
+from eval import Sampler, SamplingOptions, encode_prompt, validation_loss
 from metrics import MetricsLogger
 from model import GPT, GPTConfig
 from optim import build_optimizer, learning_rate, wrap_ddp
@@ -280,25 +280,6 @@ def open_data(config: TrainConfig) -> tuple[TokenDataset, TokenDataset]:
     return train_data, TokenDataset(config.data_dir, "val", context)
 
 
-def encode_prompt(config: TrainConfig) -> list[int]:
-    """The tokens that the samples continue. Raises ValueError when the model cannot do that."""
-    prompt = config.sample_prompt
-    remedy = "give another --sample-prompt, or --sample-every 0"
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # the command line had bytes that are no UTF-8
-        raise ValueError(f"sample_prompt {prompt!r} is not valid UTF-8; {remedy}") from None
-    tokens = dataset.encode_ordinary(prompt)
-    if not tokens:
-        raise ValueError(f"sample_prompt is empty; {remedy}")
-    if max(tokens) >= config.model.vocab_size:
-        raise ValueError(
-            f"sample_prompt {prompt!r}: token {max(tokens)} is outside the vocabulary of"
-            f" {config.model.vocab_size}; {remedy}"
-        )
-    return tokens
-
-
 def load_hellaswag(config: TrainConfig, device: torch.device) -> list[hellaswag.Example]:
     """The examples, all of which the model can take: that is found out before the first step.
 
@@ -309,13 +290,7 @@ def load_hellaswag(config: TrainConfig, device: torch.device) -> list[hellaswag.
     try:
         examples = hellaswag.load_examples(path)
         requests = tuple(request for example in examples for request in example.requests)
-        for request in requests:
-            largest = max(token for part in (request.context, *request.choices) for token in part)
-            if largest >= config.model.vocab_size:
-                raise ValueError(
-                    f"{request.where}: token {largest} is outside the vocabulary of"
-                    f" {config.model.vocab_size}; give --hellaswag-every 0"
-                )
+        hellaswag.check_vocabulary(examples, config.model.vocab_size)
         # Raises for an ending that is too long. The evaluations use what is laid out here.
         on_gpu = device.type == "cuda"
         batch_tokens = hellaswag.CUDA_BATCH_TOKENS if on_gpu else hellaswag.BATCH_TOKENS
@@ -371,7 +346,9 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.dtype = choose_dtype(config.dtype, device)
         dist_info.require_equal({"dtype": self.dtype})  # "auto" depends on the hardware
-        self.prompt = encode_prompt(config) if config.sample_every else []
+        self.prompt: list[int] = []  # the tokens that the samples continue
+        if config.sample_every:
+            self.prompt = encode_prompt(config.sample_prompt, config.model.vocab_size)
         # Initialized on the CPU, so that the weights of a seed do not depend on the device.
         self.model = GPT(config.model).to(device)
         self.model.loss_chunk_rows = config.loss_rows
@@ -721,7 +698,7 @@ def prepare(config: TrainConfig, world_size: int) -> FolderLock:
     if problems:
         raise ValueError("; ".join(problems))
     if config.sample_every:
-        encode_prompt(config)
+        encode_prompt(config.sample_prompt, config.model.vocab_size)  # raises if it cannot be done
     quickstart = config.preset == "quickstart"
     if not quickstart:  # whose shards may be missing: they are written below
         open_data(config)  # raises if they are

@@ -510,6 +510,7 @@ CASES: dict[str, list[Case]] = {
             "hellaswag", "--output link", "link", lambda d: os.link(d / "hellaswag.jsonl", "link")
         ),
         Case("hellaswag", "--output gpt2/model.safetensors", "model.safetensors"),
+        Case("hellaswag", "--output log/metrics.jsonl", "metrics.jsonl holds no predictions"),
         Case("hellaswag", "--output empty", "empty"),
         Case("hellaswag", "--output text.txt/out.jsonl", "text.txt"),
         Case("plot", "log --out empty", "empty"),
@@ -814,8 +815,8 @@ CASES: dict[str, list[Case]] = {
         Case("train", RESUME, "shards", remove(TRAIN)),
     ],
     "a text that the model cannot take": [
-        Case("train", "--sample-prompt Hello", "sample_prompt vocabulary"),
-        Case("train", "--sample-prompt '<|endoftext|>'", "sample_prompt vocabulary"),
+        Case("train", "--sample-prompt Hello", "prompt vocabulary"),
+        Case("train", "--sample-prompt '<|endoftext|>'", "prompt vocabulary"),
         Case("eval", f"{PROMPT} --checkpoint log --prompt Hello", "vocabulary 300"),
         Case(
             "train",

@@ -361,7 +361,7 @@ def test_checksums_that_are_not_checksums_are_one_line(tiny: Path, content: str)
     assert "\n" not in damage
     assert checkpoint.latest_valid(tiny) == tiny / "step_000006"
     with pytest.raises(ValueError, match=r"step_000007: damaged .*--no-verify"):
-        checkpoint.open_checkpoint(str(newest), verify=True)
+        checkpoint.open_checkpoint(str(newest), check=True)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "..", "", "a\\b", "x\0y"])
@@ -385,7 +385,7 @@ def test_what_is_not_a_file_is_not_opened(tiny: Path, name: str) -> None:
     assert checkpoint.latest_valid(tiny) == tiny / "step_000006"
     opener = checkpoint.load_state if name == "training_state.pt" else GPT.from_pretrained
     if name == "checksums.json":
-        opener = partial(checkpoint.open_checkpoint, verify=True)
+        opener = partial(checkpoint.open_checkpoint, check=True)
     with pytest.raises(ValueError, match=r"not a training state|damaged"):
         opener(newest)
 
@@ -403,23 +403,23 @@ def test_a_flipped_bit_is_found_before_a_model_is_used(
     expected = GPT.from_pretrained(newest).state_dict()
     flip_a_bit(newest / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors does not match.* --no-verify"):
-        checkpoint.open_checkpoint(str(newest), verify=True)
-    flipped = checkpoint.open_checkpoint(str(newest), verify=False).state_dict()
+        checkpoint.open_checkpoint(str(newest), check=True)
+    flipped = checkpoint.open_checkpoint(str(newest), check=False).state_dict()
     assert not all(torch.equal(flipped[name], value) for name, value in expected.items())
     # Of a log folder the newest is taken that is whole.
-    before = checkpoint.open_checkpoint(str(tiny), verify=True).state_dict()
+    before = checkpoint.open_checkpoint(str(tiny), check=True).state_dict()
     assert all(torch.equal(before[name], value) for name, value in expected.items())
     assert "step_000007: damaged" in capsys.readouterr().err
     flip_a_bit(tiny / "step_000006/config.json")
     with pytest.raises(ValueError, match="no valid checkpoint"):
-        checkpoint.open_checkpoint(str(tiny), verify=True)
+        checkpoint.open_checkpoint(str(tiny), check=True)
 
 
 def test_a_model_copied_without_its_training_state_is_whole(tiny: Path) -> None:
     (tiny / "step_000007/training_state.pt").unlink()
-    checkpoint.open_checkpoint(str(tiny / "step_000007"), verify=True)
+    checkpoint.open_checkpoint(str(tiny / "step_000007"), check=True)
     (tiny / "step_000007/checksums.json").unlink()
-    checkpoint.open_checkpoint(str(tiny), verify=True)
+    checkpoint.open_checkpoint(str(tiny), check=True)
 
 
 @pytest.mark.parametrize("where", ["weight", "moment"])
@@ -439,7 +439,7 @@ def test_a_stray_file_of_weights_is_not_read(tiny: Path) -> None:
     expected = GPT.from_pretrained(newest).state_dict()
     GPT(TINY).save_pretrained(tiny / "other")
     shutil.copy(tiny / "other/model.safetensors", newest / "model_backup.safetensors")
-    loaded = checkpoint.open_checkpoint(str(tiny), verify=True).state_dict()
+    loaded = checkpoint.open_checkpoint(str(tiny), check=True).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
 

@@ -657,3 +657,14 @@ def test_every_flip_of_a_header_is_one_message_or_harmless(prepared: DatasetConf
             assert header == expected
             continue
         assert message.startswith(f"{path} ")
+
+
+def test_a_source_that_failed_before_the_first_shard_can_be_mended(
+    tmp_path: Path, main: Main
+) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text("not JSON\n")
+    assert "line 1" in error_of(main("--source", source, "--data-dir", tmp_path / "out"))
+    source.write_text('{"text": "a text"}\n')
+    config = dataset.DatasetConfig(source=str(source), data_dir=tmp_path / "out")
+    assert dataset.prepare(config).complete

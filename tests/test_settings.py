@@ -56,9 +56,10 @@ import train
         ("--preset", "--preset"),
         ("--max-steps many", "--max-steps"),
         ("--no-such-flag", "--no-such-flag"),
-        ("--sample-prompt=", "sample_prompt is empty"),
-        ("--sample-prompt hello", "sample_prompt 'hello': token 31373 is outside the vocabulary"),
-        ("--sample-prompt \udcff", "is not valid UTF-8"),
+        ("--data-dir=", "--data-dir is followed by an empty value"),
+        ("--sample-prompt=", "token 50256 is outside the model's vocabulary of 300"),
+        ("--sample-prompt hello", "prompt 'hello': token 31373 is outside"),
+        ("--sample-prompt \udcff", "is outside the model's vocabulary"),
     ],
 )
 def test_a_mistake_is_one_line_exit_code_2_and_harms_nothing(
@@ -83,8 +84,7 @@ def test_the_defaults_and_presets_are_within_their_bounds() -> None:
 
 
 def test_a_delimiter_in_the_prompt_is_ordinary_text() -> None:
-    config = dataclasses.replace(train.TrainConfig(), sample_prompt="a<|endoftext|>b")
-    tokens = train.encode_prompt(config)
+    tokens = train.encode_prompt("a<|endoftext|>b", vocab_size=50304)
     assert END_OF_TEXT not in tokens
     assert dataset.get_tokenizer().decode(tokens) == "a<|endoftext|>b"
 

@@ -211,7 +211,7 @@ ROW = {"activity_label": "a", "ctx": "b c", "ctx_a": "b", "ctx_b": "c", "label":
         ("{not json", "300", "line 1"),
         ('{"ctx": 1}', "300", "line 1"),
         (json.dumps(ROW | {"endings": ["a", "b", "c", "d " * 50]}), "50304", "an ending of"),
-        (json.dumps(ROW | {"endings": ["a", "b", "c", "hello"]}), "300", "the vocabulary of 300"),
+        (json.dumps(ROW | {"endings": ["a", "b", "c", "hello"]}), "300", "vocabulary of 300"),
     ],
 )
 def test_a_hellaswag_file_that_cannot_be_used_is_refused_before_the_first_step(
