@@ -54,7 +54,7 @@ SHARD_SIZE = 100_000_000
 # Bytes of text that one thread reads: seconds of work, so that opening the file costs little in
 # comparison, but small enough to have several in memory.
 CHUNK_BYTES = 64 << 20
-WHOLE_DIGEST_BYTES = 1_000_000_000  # files below this are digested whole: a second on one core
+WHOLE_DIGEST_BYTES = 1_000_000_000  # files below this are digested whole, in seconds
 DIGEST_PIECES = 1024  # of a larger one
 DIGEST_PIECE_BYTES = 64 << 10
 CHECK_PROCESSES = min(8, os.cpu_count() or 1)  # that read local Parquet files before any work
@@ -211,23 +211,19 @@ def _old_digest(files: list[Path], root: Path) -> str:
 
 
 # A damaged or encrypted file can end the process that reads it with pyarrow, so another process
-# reads all of it first, as this one will. It prints a file's number before it, so that the last one
-# is the culprit. It imports pyarrow alone: with this module it would take twice as long.
+# reads all of it first, by the same code. It prints a file's number before it, so that the last one
+# is the culprit.
 PARQUET_CHECK = """
 import os, sys
-import pyarrow.parquet as pq
+sys.path.insert(0, sys.argv[1])
+import dataset
 paths = os.fsdecode(sys.stdin.buffer.read())
 for number, path in enumerate(paths.split("\\0")):
     print(number, flush=True)
     try:
-        footer = pq.ParquetFile(path).metadata
-        columns = [footer.schema.column(i).path for i in range(footer.num_columns)]
-        text = columns.index(sys.argv[1])
-        for group in range(footer.num_row_groups):
-            footer.row_group(group).column(text).total_uncompressed_size
-        file = pq.ParquetFile(path, metadata=footer, pre_buffer=True)
-        for batch in file.iter_batches(columns=sys.argv[1:]):
-            batch.validate(full=True)
+        for chunk in dataset._chunks_of_file(path):
+            for document in dataset.read_chunk(chunk):
+                pass
     except Exception:
         pass  # this process can tell what is wrong, by an exception
 """
@@ -237,7 +233,7 @@ def check_parquet(paths: list[str]) -> None:
     """Raise ValueError that names a local Parquet file whose reading would end this process."""
     parts = [part for i in range(CHECK_PROCESSES) if (part := paths[i::CHECK_PROCESSES])]
     # -P: no module from the folder where the user happens to be.
-    command = [sys.executable, "-P", "-c", PARQUET_CHECK, COLUMN]
+    command = [sys.executable, "-P", "-c", PARQUET_CHECK, str(Path(__file__).parent)]
 
     def start() -> subprocess.Popen[bytes]:
         pipe = subprocess.PIPE
@@ -247,6 +243,7 @@ def check_parquet(paths: list[str]) -> None:
         return process.communicate(os.fsencode("\0".join(part)))[0]
 
     processes = [start() for _ in parts]
+    get_tokenizer()  # which takes a while too, and is needed next
     with ThreadPoolExecutor(CHECK_PROCESSES) as pool:
         try:
             answers = pool.map(ask, processes, parts)
