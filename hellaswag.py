@@ -313,6 +313,16 @@ def pack(
     return batches
 
 
+def pack_for(device: torch.device, examples: Sequence[Example], context_length: int) -> list[Batch]:
+    """The examples in batches of the size that suits the device.
+
+    Raises ValueError when an ending exceeds ``context_length``.
+    """
+    requests = tuple(request for example in examples for request in example.requests)
+    batch_tokens = CUDA_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
+    return pack(requests, context_length, batch_tokens)
+
+
 # ---- scoring -------------------------------------------------------------------------------------
 
 
@@ -352,10 +362,9 @@ def predict(
 
     ``model`` is the uncompiled module. Raises ValueError when an ending exceeds its context.
     """
-    requests = tuple(request for example in examples for request in example.requests)
-    batch_tokens = CUDA_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
+    requests = [request for example in examples for request in example.requests]
     # Ranks share whole batches: smaller parts would mean more padding.
-    batches = pack(requests, model.config.context_length, batch_tokens)[rank::world_size]
+    batches = pack_for(device, examples, model.config.context_length)[rank::world_size]
     scores = torch.zeros(len(requests) * 4, device=device)
     # Autocast keeps the weights it has converted until its end, so it surrounds all batches.
     with (

@@ -289,12 +289,9 @@ def load_hellaswag(config: TrainConfig, device: torch.device) -> list[hellaswag.
     path = config.hellaswag_data
     try:
         examples = hellaswag.load_examples(path)
-        requests = tuple(request for example in examples for request in example.requests)
         hellaswag.check_vocabulary(examples, config.model.vocab_size)
         # Raises for an ending that is too long. The evaluations use what is laid out here.
-        on_gpu = device.type == "cuda"
-        batch_tokens = hellaswag.CUDA_BATCH_TOKENS if on_gpu else hellaswag.BATCH_TOKENS
-        hellaswag.pack(requests, config.model.context_length, batch_tokens)
+        hellaswag.pack_for(device, examples, config.model.context_length)
     except Exception as error:
         if path is not None:
             raise
