@@ -63,7 +63,8 @@ def kill_at_random_moments(times: int, folder: Path) -> None:
     kills = 0
     while kills < times:
         done = len(list(out.glob("*.npy")))
-        wanted = moments.randrange(done, len(undisturbed) - 1)
+        # All shards may be there already, of a process killed after the last of them.
+        wanted = moments.randrange(done, max(done + 1, len(undisturbed) - 1))
         run = subprocess.Popen(command(source, out, 20_000), stderr=subprocess.DEVNULL)
         if wanted == done:  # while it starts, or anywhere if it is quick
             time.sleep(moments.uniform(0, 2))
