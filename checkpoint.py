@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,14 +30,23 @@ import torch
 from torch import Tensor
 
 import dataset
-from model import GPT, is_finite
+from model import GPT, is_finite, local_folder
 
 STATE_FILE = "training_state.pt"
 CHECKSUMS_FILE = "checksums.json"
 # A resumed run must not change these: they determine the model and which tokens each step sees.
-FIXED_SETTINGS = ("model", "batch_tokens", "seed", "shuffle", "data")
+FIXED_SETTINGS = ("model", "batch_tokens", "seed", "shuffle", "data", "optimizer")
+# What runs did before there were these settings, which their checkpoints do not mention.
+EARLIER_SETTINGS = {
+    "optimizer": "adamw",
+    "muon_lr_scale": 3.0,
+    "schedule": "cosine",
+    "cooldown": 0.4,
+    "recompute": 0.0,
+    "init_from": None,
+}
 # These say how the process was started, not what it computes.
-IGNORED_SETTINGS = ("resume", "log_dir")
+IGNORED_SETTINGS = ("resume", "log_dir", "init_sha256")
 
 
 @dataclass
@@ -58,10 +67,12 @@ class TrainingState:
     """Updates skipped in a row because the gradient was not finite."""
     losses: list[float]
     """The most recent training losses, for the z-score."""
+    scaler: dict[str, float | int] = field(default_factory=dict)
+    """The state_dict of the loss scaler; empty but for fp16."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data, by the names of the fields."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "TrainingState":
@@ -79,9 +90,14 @@ class TrainingState:
             torch.Generator().set_state(result.rng)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{first_line(error)} - at `$.rng`") from None
+        # Factors, of which none may be 0, and the number of steps since the last change.
+        known = {} if not result.scaler else torch.amp.GradScaler("cpu").state_dict()
+        factors = [value for name, value in result.scaler.items() if name != "_growth_tracker"]
+        if result.scaler.keys() != known.keys() or not all(0 < f < 1e38 for f in factors):
+            raise ValueError("not the state of a loss scaler - at `$.scaler`")
         if not {"state", "param_groups"} <= set(result.optimizer):
             raise ValueError("not an optimizer's state - at `$.optimizer`")
-        # AdamW without its moments would take other steps, without a word.
+        # An optimizer without its moments would take other steps, without a word.
         if result.step > 0 and not result.optimizer["state"]:
             raise ValueError("empty although updates were made - at `$.optimizer.state`")
         return result
@@ -134,12 +150,14 @@ def find_checkpoint(source: str | Path, check: bool = False) -> str | Path:
         return checkpoints[0]
     valid = _newest_valid(checkpoints, model_only=True)
     if valid is None:
-        raise ValueError(f"{source}: no valid checkpoint; --no-verify reads the newest as it is")
+        raise ValueError(
+            f"{source}: no valid checkpoint; evaluations read the newest with --no-verify"
+        )
     return valid
 
 
-def open_checkpoint(source: str, check: bool) -> GPT:
-    """The model of a checkpoint folder, a log folder or a hub id, on the CPU in fp32.
+def find_model(source: str, check: bool) -> Path:
+    """The local folder of a checkpoint, of a log folder's newest or of a hub id.
 
     With ``check`` its files are compared with checksums.json, where there is one. Raises
     ValueError when they are damaged, FileNotFoundError when there is no model.
@@ -149,8 +167,13 @@ def open_checkpoint(source: str, check: bool) -> GPT:
     if check and found == source and (Path(found) / "config.json").is_file():
         damage = verify(Path(found), model_only=True)
         if damage is not None:
-            raise ValueError(f"{found}: damaged ({damage}); --no-verify reads it nevertheless")
-    return GPT.from_pretrained(found)
+            raise ValueError(f"{found}: damaged ({damage}); evaluations read it with --no-verify")
+    return local_folder(found)
+
+
+def open_checkpoint(source: str, check: bool) -> GPT:
+    """The model that ``find_model`` finds, on the CPU in fp32."""
+    return GPT.from_pretrained(find_model(source, check))
 
 
 def latest_valid(log_dir: Path) -> Path | None:
@@ -259,9 +282,9 @@ class Writer:
         self._keep = keep
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[Saved] | None = None
-        # The thread writes host copies of the weights and AdamW's moments, since the next step
-        # updates the originals in place. They take 1.5 GB for 124M (2.5 GB if pinned: torch rounds
-        # pinned allocations up to powers of two) and are reused by every save.
+        # The thread writes host copies of the weights and the optimizer's moments, since the next
+        # step updates the originals in place. With AdamW they take 1.5 GB for 124M (2.5 GB if
+        # pinned: torch rounds pinned allocations up to powers of two). Every save reuses them.
         self._copies: dict[str, Tensor] = {}
         self._model: GPT | None = None  # its parameters are the "model.*" entries of _copies
 
@@ -477,7 +500,7 @@ def load_model(model: GPT, folder: Path) -> None:
 def load_optimizer(
     optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], folder: Path = Path()
 ) -> None:
-    """Load the moments of a saved AdamW; its options (weight decay, betas, eps) stay as they are.
+    """Load the moments of a saved optimizer; options such as weight decay stay as they are.
 
     Raises ValueError, and changes nothing, when a tensor does not fit its parameter: the fused
     kernel would read and write beyond it. ``folder`` is the checkpoint that the message names.
@@ -497,22 +520,23 @@ def load_optimizer(
     # A state that is empty is one before the first update.
     if not isinstance(states, dict) or (states and set(states) != set(range(len(parameters)))):
         raise ValueError(f"{path}: the optimizer's state is not that of this model")
+    muon = {i for group in own["param_groups"] if "betas" not in group for i in group["params"]}
     for index in states:
-        problem = _moments_problem(states[index], parameters[index])
+        names = {"momentum_buffer"} if index in muon else {"step", "exp_avg", "exp_avg_sq"}
+        problem = _moments_problem(states[index], parameters[index], names)
         if problem:
             raise ValueError(f"{path}: optimizer.state[{index}]{problem}")
     # With the new options in place of those saved, an option that was changed takes effect.
     optimizer.load_state_dict({"state": states, "param_groups": own["param_groups"]})
 
 
-def _moments_problem(state: object, parameter: Tensor) -> str:
-    """Why this cannot be AdamW's state of the parameter, or "" when it can."""
-    moments = ("exp_avg", "exp_avg_sq")
-    if not isinstance(state, dict) or set(state) != {"step", *moments}:
-        return " is not a state of AdamW"
+def _moments_problem(state: object, parameter: Tensor, names: set[str]) -> str:
+    """Why this cannot be the state of the parameter with these ``names``, or "" when it can."""
+    if not isinstance(state, dict) or set(state) != names:
+        return f" does not hold {', '.join(sorted(names))}"
     for name, value in state.items():
-        shape = parameter.shape if name in moments else torch.Size()
-        dtype = parameter.dtype if name in moments else torch.float32
+        shape = torch.Size() if name == "step" else parameter.shape
+        dtype = torch.float32 if name == "step" else parameter.dtype
         if not isinstance(value, Tensor) or value.is_nested:  # which has no shape
             return f".{name} is not a tensor"
         if value.shape != shape or value.dtype != dtype:
@@ -525,7 +549,7 @@ def _moments_problem(state: object, parameter: Tensor) -> str:
             return f".{name} is not a plain tensor"
         if not is_finite(value):
             return f".{name} is not finite"
-        if name != "exp_avg" and value.min() < 0:
+        if name in ("step", "exp_avg_sq") and value.min() < 0:
             return f".{name} is negative"
     return ""
 
@@ -537,6 +561,7 @@ def compare_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -
     """
     changes = []
     refused = []
+    saved = {**EARLIER_SETTINGS, **saved}
     for name, value in now.items():
         if name in IGNORED_SETTINGS or saved.get(name) == value:
             continue

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 VOCAB_SIZE = 50257
 END_OF_TEXT = 50256
 
-DtypeName = Literal["auto", "bf16", "fp32"]
+DtypeName = Literal["auto", "bf16", "fp16", "fp32"]
 JOIN_SECONDS = 120.0  # that a rank waits for the others: they import torch, maybe from a network
 DNS_SECONDS = 10.0  # that resolving the hub's name may take
 
@@ -127,17 +127,23 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
-    """The precision of the matrix products; "auto" is bf16 where the hardware has it."""
+    """The precision of the matrix products.
+
+    "auto" is bf16 where the hardware has it, fp16 on other GPUs, and fp32 on other CPUs.
+    """
     import torch
 
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
     has_bf16 = True
     if device.type == "cpu":  # without these instructions bf16 is emulated, slower than fp32
         capabilities = torch.cpu.get_capabilities()
         has_bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_tile", False)
     elif device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = name == "bf16" or (name == "auto" and has_bf16)
-    return torch.bfloat16 if bf16 else torch.float32
+    if has_bf16:
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def read_rank() -> tuple[int, int]:

@@ -98,7 +98,7 @@ class EvalConfig(SamplingOptions):
     device: str = "auto"
     """cuda, cuda:1, mps or cpu; auto: the machine's accelerator, or the CPU without one."""
     dtype: DtypeName = "auto"
-    """Precision; auto: bf16 where the device has it in hardware."""
+    """Precision; auto: bf16 where the device has it in hardware, fp16 on other GPUs."""
     quantize: Literal["none", "int8"] = "none"
     """int8: round the weights of all matrix products to 8 bits, with a scale for each output
     channel. Faster on a CPU; other devices refuse it."""
@@ -150,7 +150,7 @@ def validation_loss(
     batches = (windows[i : i + micro_batch] for i in range(0, len(windows), micro_batch))
     sums = []  # left on the device: reading a number here would wait for every batch
     with (
-        torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
+        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
         contextlib.closing(TokenLoader(dataset, batches, device, prefetch=2)) as loader,
     ):
         for inputs, targets in loader:  # (B, T) each

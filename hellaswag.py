@@ -72,7 +72,7 @@ class HellaSwagConfig:
     device: str = "auto"
     """cuda, cuda:1, mps or cpu. auto: the machine's accelerator, or the CPU without one."""
     dtype: common.DtypeName = "auto"
-    """Precision of the matrix products. auto: bf16 where the hardware has it."""
+    """Precision of the matrix products. auto: bf16 where the hardware has it, else fp16 on GPUs."""
     verify: bool = True
     """Compare the checkpoint's files with its checksums first."""
 
@@ -368,7 +368,7 @@ def predict(
     scores = torch.zeros(len(requests) * 4, device=device)
     # Autocast keeps the weights it has converted until its end, so it surrounds all batches.
     with (
-        torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
+        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
         sdpa_kernel(BACKENDS),
     ):
         for batch in tqdm(batches, "HellaSwag", unit="batch", disable=not progress, leave=False):

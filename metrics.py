@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -29,20 +30,49 @@ if TYPE_CHECKING:  # plot.py needs the rows of this module, and not to wait for 
     import torch
     from torch import Tensor
 
-# Dense bf16 peaks in TFLOP/s, from the vendors' data sheets. The first name that is part of the
-# device's counts, so the slower H100s, whose names are longer, stand before the SXM module.
+# Dense peaks of the tensor cores in TFLOP/s with sums in fp32, as torch has them; GeForce cards are
+# twice as fast with sums in fp16. They are the same in bf16 and fp16. What has no bf16 is below.
+# Figures that a data sheet gives with sparsity only are halved. The names are those of the devices
+# without NOT_THE_MODEL, in capitals.
 PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.4,
-    "A100": 312.0,
-    "L40S": 362.05,
-    "A10G": 70.0,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
+    "GB300": 2500.0,  # GB300 NVL72 data sheet, 360 PFLOP/s with sparsity for 72
+    "B300": 2250.0,  # HGX B300 data sheet, 36 PFLOP/s with sparsity for 8
+    "GB200": 2500.0,  # Blackwell data sheet
+    "B200": 2250.0,  # Blackwell data sheet
+    "GH200": 989.4,  # GH200 data sheet and H100 white paper
+    "H200": 989.4,  # H200 data sheet and H100 white paper
+    "H100": 989.4,  # H100 white paper, SXM5
+    "H100 NVL": 835.0,  # H100 data sheet
+    "H100 PCIE": 756.0,  # H100 white paper
+    "A100": 312.0,  # A100 data sheet
+    "A100 PCIE": 312.0,  # A100 data sheet
+    "L40S": 362.05,  # L40S data sheet
+    "L4": 121.0,  # L4 data sheet
+    "A40": 149.7,  # A40 data sheet and GA102 white paper
+    "A10G": 70.0,  # A10G data sheet
+    "RTX 6000 ADA GENERATION": 364.2,  # Ada white paper
+    "RTX A6000": 154.8,  # GA102 white paper
+    "RTX 5090": 209.5,  # RTX Blackwell white paper
+    "RTX 4090": 165.2,  # Ada white paper
+    "RTX 4080 SUPER": 104.4,  # an eighth of the 836 AI TOPS (FP8, sparse) of NVIDIA's page
+    "RTX 4080": 97.5,  # Ada white paper
+    "RTX 4070 TI SUPER": 88.2,  # an eighth of the 706 AI TOPS of NVIDIA's page
+    "RTX 4070 TI": 80.2,  # an eighth of the 641 AI TOPS of NVIDIA's page
+    "RTX 3090": 71.0,  # GA102 white paper
+    "RTX 3080": 59.5,  # GA102 white paper, 10 GB; the one of 12 GB has this name too, and 61.3
+    "T4": 65.0,  # T4 data sheet
+    "V100 SXM2": 125.0,  # V100 data sheet
+    "V100 PCIE": 112.0,  # V100 data sheet
+    "MI300X": 1307.4,  # MI300X data sheet
+    # MI200 data sheets: 383.0 and 362.1 of two dies, each of which is a device.
+    "MI250X": 191.5,
+    "MI250": 181.05,
+    "MI250X / MI250": 191.5,  # a name of both: rather too high a peak than too high an MFU
 }
+FP16_ONLY = ("T4", "V100 SXM2", "V100 PCIE")
+# Words of a device's name: its maker, its line, its memory, and modules there is but one of. With
+# any other word, such as LAPTOP, MAX-Q or the MIG of a part of a GPU, it is another device.
+NOT_THE_MODEL = re.compile("NVIDIA|TESLA|GEFORCE|AMD|INSTINCT|[0-9]+GB?|HBM3E?|SXM[456]|AC|OAM|VF")
 
 MIN_SECONDS = 1e-6  # of a step, by which numbers are divided
 # What a console raises that is full, closed (ValueError) or missing (sys.stdout is None).
@@ -108,11 +138,23 @@ def parse_row(line: str) -> Row | None:
 
 
 def peak_flops(device_name: str, dtype: str, devices: int = 1) -> float | None:
-    """Dense FLOP/s of that many GPUs in bf16; None for another precision or an unknown GPU."""
-    for name, tflops in PEAK_TFLOPS.items():
-        if dtype == "bfloat16" and name in device_name:
-            return tflops * 1e12 * devices
-    return None
+    """Dense FLOP/s of that many GPUs in bfloat16 or float16; None where no peak is known."""
+    words = re.split(r"[ -]+", device_name.upper())
+    model = " ".join(word for word in words if not NOT_THE_MODEL.fullmatch(word))
+    precisions = ("float16",) if model in FP16_ONLY else ("float16", "bfloat16")
+    if model not in PEAK_TFLOPS or dtype not in precisions:
+        return None
+    return PEAK_TFLOPS[model] * 1e12 * devices
+
+
+def unknown_peak(device: torch.device, device_name: str, dtype: str) -> str | None:
+    """Why there is no MFU, in a line for the user; None where there is, or none is expected."""
+    tensor_cores = device.type == "cuda" and dtype in ("bfloat16", "float16")
+    if not tensor_cores or peak_flops(device_name, dtype) is not None:
+        return None
+    return (
+        f"no MFU: metrics.PEAK_TFLOPS has no peak of {device_name} in {dtype}; add it if it has one"
+    )
 
 
 def device_name(device: torch.device) -> str:
@@ -227,6 +269,8 @@ class MetricsLogger:
         world_size: int = 1,
         dtype: str = "",
         resumed_from: str | None = None,  # the name of the checkpoint's folder
+        init_from: str | None = None,  # the model whose weights the run has started from
+        init_sha256: str | None = None,  # of those weights
     ) -> None:
         """Report that a process starts at ``step``, with its configuration, and start trackers."""
         if not self.enabled:
@@ -247,6 +291,8 @@ class MetricsLogger:
             "world_size": world_size,
             "dtype": dtype,
             "resumed_from": resumed_from,
+            "init_from": init_from,
+            "init_sha256": init_sha256,
             "versions": versions,
             "git_commit": git_commit(),
         }
@@ -260,7 +306,8 @@ class MetricsLogger:
     def log_step(self, step: int, lr: float, stats: Tensor) -> None:
         """Report a step, on a GPU the one before.
 
-        ``stats`` (3,) holds its loss, the ranks' stop requests and the norm of its gradient.
+        ``stats`` (4,) holds its loss, the ranks' stop requests, the norm of its gradient, and the
+        scale of the loss, which is above 1 only in fp16.
         """
         arrived = None
         if stats.device.type == "cuda":
@@ -280,11 +327,13 @@ class MetricsLogger:
             # Not synchronize(): until it returned, a signal's handler could not run.
             while arrived is not None and not arrived.query():
                 time.sleep(0.0005)
-            loss, stop, norm = stats.tolist()
+            loss, stop, norm, loss_scale = stats.tolist()
             self.stop_requested = self.stop_requested or stop > 0
-            self._report_step(step, lr, loss, norm)
+            self._report_step(step, lr, loss, norm, loss_scale)
 
-    def _report_step(self, step: int, lr: float, loss: float, norm: float) -> None:
+    def _report_step(
+        self, step: int, lr: float, loss: float, norm: float, loss_scale: float
+    ) -> None:
         now = time.perf_counter()
         # A clock that stands still, or that a virtual machine sets back, must not end the run.
         seconds = max(now - self.step_start, MIN_SECONDS)
@@ -301,13 +350,19 @@ class MetricsLogger:
             z = float((loss - np.mean(self.losses)) / deviation)
         if math.isfinite(loss):
             self.losses.append(loss)
-        skipped = not math.isfinite(norm)  # the optimizer's kernel has decided the same
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        skipped = not math.isfinite(norm)  # the optimizer has decided the same
+        # In fp16 a gradient may only have been scaled up too far, and the next scale is half of
+        # this one. A scale of 1 is not to blame any more.
+        overflow = skipped and math.isfinite(loss) and loss_scale > 1
+        if not overflow:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
         row: dict[str, Any] = {"loss": loss, "z": z, "lr": lr, "grad_norm": norm, "ms": ms}
         row.update(tokens_per_s=tokens_per_s, mfu=mfu, memory_gb=memory_gb)
+        if loss_scale != 1:
+            row["loss_scale"] = loss_scale
         if skipped:
-            row["skipped"] = True
+            row["overflow" if overflow else "skipped"] = True
         self.write("train", step, row)
         # The median: the first step compiles, and others may wait for a disk.
         left = tqdm.format_interval(float(np.median(self.durations)) * (self.max_steps - step - 1))
@@ -322,7 +377,9 @@ class MetricsLogger:
             with suppress(*CONSOLE_ERRORS):
                 self.bar.n = step + 1
                 self.bar.set_description_str(text)
-        if skipped:
+        if overflow:
+            self.print(f"step {step:5d} | overflow in fp16 at loss scale {loss_scale:g}: skipped")
+        elif skipped:
             self.print(f"step {step:5d} | the gradient is not finite: update skipped")
 
     @contextmanager

@@ -19,13 +19,14 @@ from common import (
     require_regular_file,
 )
 
+import hashlib
 import json
 import math
 import re
 import reprlib
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # GPT-2's Conv1D layers store their weight as (in, out), the transpose of nn.Linear's.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -119,6 +121,10 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         N = hidden.size(0)
         h = hidden.to(dtype)
+        # A weight's gradient, a sum over thousands of rows, may exceed fp16's 65,504. The loss
+        # scale, which is applied later, could not help. A power of 2 costs no digits.
+        fp16 = dtype == torch.float16
+        summands = h / 64 if fp16 else h
         w = weight.to(dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(h)
@@ -145,9 +151,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad = p.to(dtype)
             grad_hidden[rows] = grad @ w
             if one_hot or dtype != weight.dtype:
-                grad_weight += grad.T @ h[rows]
+                grad_weight += grad.T @ summands[rows]
             else:
                 grad_weight.addmm_(grad.T, h[rows])  # adds without a (V, C) product in between
+        if fp16:
+            grad_weight *= 64
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
         return loss / N
 
@@ -226,6 +234,8 @@ class GPT(nn.Module):
         self.config = config
         # Rows whose logits exist at once in the loss; 0: all rows; None: by the device.
         self.loss_chunk_rows: int | None = None
+        # Blocks, from the first on, whose activations the backward pass computes again.
+        self.recomputed_blocks = 0
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): 38.6M parameters of the 124M are not held twice.
@@ -262,8 +272,12 @@ class GPT(nn.Module):
                 raise ValueError(f"{T} tokens do not fit the context of {limit}; shorten the input")
             positions = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x, mask)
+        for i, block in enumerate(self.transformer.h):
+            if i < self.recomputed_blocks and torch.is_grad_enabled():
+                # Only x is kept. There is no dropout, whose random state would have to be.
+                x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, mask)
         return self.transformer.ln_f(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -310,6 +324,20 @@ class GPT(nn.Module):
             total += F.cross_entropy(self.lm_head(h).float(), t, reduction="sum")
         return total / targets.numel()
 
+    @torch.no_grad()
+    def crop_context(self, context_length: int) -> None:
+        """Keep only the first positions: texts within them are computed as before.
+
+        Raises ValueError for more positions than there are.
+        """
+        if context_length > self.config.context_length:
+            raise ValueError(
+                f"context_length {context_length} must be at most {self.config.context_length}"
+            )
+        self.config = replace(self.config, context_length=context_length)
+        positions = self.transformer.wpe.weight[:context_length].clone()  # (T, C)
+        self.transformer.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
+
     # ---- numbers ---------------------------------------------------------------------------------
 
     def num_parameters(self, position: bool = True) -> int:
@@ -337,20 +365,15 @@ class GPT(nn.Module):
         such folder or model, and ValueError when it is not a GPT-2 that this file can compute or
         its files are damaged.
         """
-        folder = Path(source)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file; give the folder that it is in")
-        if not folder.exists():
-            folder = download_model(str(source))
+        folder = local_folder(source)
+        config = read_shape(folder)
         with ExitStack() as files:
             try:
-                hf_config = read_json(folder / "config.json", dict[str, Any])
                 weights = _open_weights(folder, files)
             except (OSError, ValueError, SafetensorError) as error:
                 raise ValueError(
                     f"{folder}: damaged checkpoint ({first_line(error)}); use another"
                 ) from error
-            config = _read_config(hf_config, folder)
             # A model of ten million layers, or of more memory than there is, is not even begun.
             problems = _size_problems(config, weights)
             if problems:
@@ -435,6 +458,47 @@ class GPT(nn.Module):
 
 
 # ---- reading Hugging Face's files ----------------------------------------------------------------
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder of a model: ``source`` itself, or the local copy of a hub id.
+
+    Raises ValueError for a file, and FileNotFoundError where there is no such folder or model.
+    """
+    folder = Path(source)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give the folder that it is in")
+    return folder if folder.exists() else download_model(str(source))
+
+
+def read_shape(folder: Path) -> GPTConfig:
+    """The shape in a model's config.json. Raises ValueError when GPT cannot compute it."""
+    try:
+        hf_config = read_json(folder / "config.json", dict[str, Any])
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: damaged checkpoint ({first_line(error)}); use another"
+        ) from error
+    return _read_config(hf_config, folder)
+
+
+def weights_sha256(folder: Path) -> str:
+    """The SHA-256 of model.safetensors in hexadecimal, as ``sha256sum`` prints it.
+
+    For a model in several files it is that of ``sha256sum model-*.safetensors | sha256sum``.
+    """
+
+    def sha256(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    path = folder / "model.safetensors"
+    if path.exists():
+        return sha256(path)
+    names = sorted(set(_read_index(folder / "model.safetensors.index.json").values()))
+    lines = [f"{sha256(folder / name)}  {name}\n" for name in names]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that are weights
 

@@ -61,14 +61,28 @@ KIND_NAMES = {
     "checkpoint": "checkpoints",
 }
 
-# The text width of a two-column paper. Where it is shown 600 pixels wide, 8 pt are 9 pixels.
+# The panels of a picture: the key in the log, the kinds of lines that have it, and the label.
+PANELS = {
+    "loss": (("train", "val"), "loss (nats per token)"),
+    "acc_norm": (("hellaswag",), "HellaSwag acc_norm"),
+    "lr": (("train",), "learning rate"),
+    "grad_norm": (("train",), "gradient norm"),
+    "tokens_per_s": (("train",), "tokens/s"),
+    "mfu": (("train",), "MFU"),
+}
+# Of a single run these are drawn in another's panel, with an axis at the right. Of several runs
+# they are not: a colour is then a run, and two curves of each could not be told apart.
+BESIDE = {"grad_norm": "lr", "mfu": "tokens_per_s"}
+
+# The text width of a two-column paper, for two rows. Shown 600 pixels wide, 8 pt are 9 pixels.
 FIGURE_INCHES = (7.2, 5.6)
 STYLE = {"font.size": 8, "legend.fontsize": 7, "legend.frameon": False, "axes.linewidth": 0.6}
-# Okabe and Ito's colours, which the colour-blind can distinguish. Dashes and markers distinguish
-# the runs where the page is printed in black.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (9, 3)))
-MARKERS = ("o", "s", "^", "D", "v")
+# Okabe and Ito's colours, which the colour-blind can distinguish, without the yellow. Dashes and
+# markers distinguish the runs where the page is printed in black. Five of one and seven of the
+# others make 35 that differ.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (9, 3)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Line widths in points.
 THICK = 1.5
 THIN = 0.7
@@ -297,108 +311,142 @@ def format_count(value: float, position: int | None = None) -> str:
     return f"{value:g}" if 0 < value < 1 else EngFormatter(sep="")(value).replace("G", "B")
 
 
+def add_panels(figure: Figure, runs: list[RunLog]) -> dict[str, Any]:
+    """The Axes of what any of the runs has logged, by key of ``PANELS``. They fill the figure."""
+    logged = [
+        key
+        for key, (kinds, _) in PANELS.items()
+        if any(np.isfinite(run.series(kind, key)[1]).any() for run in runs for kind in kinds)
+    ]
+    pairs = [(BESIDE[key], key) for key in logged if BESIDE.get(key) in logged and len(runs) == 1]
+    panels = [key for key in logged if key not in dict(pairs).values()] or ["loss"]
+    columns = 1 if len(panels) <= 2 else 2
+    # The first of an odd number is as wide as the page.
+    cells = [panels[0]] * (len(panels) % columns) + panels
+    mosaic = np.reshape(cells, (-1, columns)).tolist()
+    figure.set_figheight(FIGURE_INCHES[1] / 2 * max(2, len(mosaic)))
+    axes: dict[str, Any] = figure.subplot_mosaic(mosaic, sharex=True)
+    for key, ax in axes.items():
+        ax.set_ylabel(PANELS[key][1])
+    for left, right in pairs:
+        axes[right] = axes[left].twinx()
+        axes[right].set_label(right)
+        for key, color, width in ((left, COLORS[0], "thick"), (right, COLORS[1], "thin")):
+            axes[key].set_ylabel(f"{PANELS[key][1]} ({width})", color=color)
+            axes[key].tick_params(axis="y", colors=color)
+    return axes
+
+
+def add_legends(figure: Figure, runs: list[RunLog], examples: list[Any], loss: Any) -> None:
+    """Below the panels what the lines of the loss are; above, if several, which run is which."""
+    lines = [line for line in loss.lines if np.isfinite(line.get_ydata()).any()] if loss else []
+    # Of each kind the first one counts.
+    kinds = {line.get_label().rpartition(": ")[2]: line for line in reversed(lines)}
+    if "loss, smoothed" in kinds:
+        kinds.pop("loss", None)  # of a run too short for an average, and drawn alike
+    what = [k.replace("loss", "training loss").replace("val", "validation loss") for k in kinds]
+    below: Any = figure.legend([*kinds.values()], what, loc="outside lower center", ncols=3)
+    if len(runs) == 1:
+        return
+    for line in below.legend_handles:
+        line.set(color="0.35", linestyle="-", alpha=None)  # which is no run's
+    names = [f"{r.name[:NAME_LENGTH]}..." if len(r.name) > NAME_LENGTH else r.name for r in runs]
+    # A character is up to 5 points wide, and what stands around a name 35.
+    ncols = int(72 * FIGURE_INCHES[0] / (35 + 5 * max(map(len, names))))
+    numbers = [str(number) for number in range(len(runs))]
+    above = figure.legend(examples, numbers, loc="outside upper center", ncols=min(4, ncols))
+    for text, name in zip(above.get_texts(), names, strict=True):
+        # Not as labels above: matplotlib skips those that begin with "_". Nor is "$" a formula.
+        text.set_parse_math(False)
+        text.set_text(name)
+
+
 def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> None:
-    """Fill an empty figure with four panels: loss, HellaSwag, schedule and speed.
+    """Fill an empty figure with a panel for each of ``PANELS`` that any of the runs has logged.
 
     Raises ValueError when a log does not record the axis ``x``.
     """
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator
 
     figure.set_layout_engine("constrained")
-    (loss, hellaswag), (rate, speed) = figure.subplots(2, 2, sharex=True)
-    norm = rate.twinx()
-    # Before the lines: they may fix the range of an axis, and a linear one may begin below 0.
-    norm.set_yscale("log")
-    mfu = speed.twinx()
+    axes = add_panels(figure, runs)
+    if norm := axes.get("grad_norm"):
+        # Before the lines: they may fix the range of an axis, and a linear one may begin below 0.
+        norm.set_yscale("log")
+        # Norms often stay within one power of ten, where the default would label a single tick.
+        norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        norm.minorticks_off()
 
     # The raw values of several runs cover each other.
     raw_alpha = 0.3 / math.sqrt(len(runs))
+    examples = []  # a line of each run
     for run, color, dashes, marker in zip(runs, cycle(COLORS), cycle(DASHES), cycle(MARKERS)):
-        # What is drawn below without a colour or dashes of its own takes those of the run.
-        for ax in figure.axes:
-            ax.set_prop_cycle(color=[color], linestyle=[dashes])
+        marks: dict[str, Any] = {"marker": marker, "ms": 3.2, "mfc": "white", "mew": 0.8}
+        examples.append(Line2D([], [], color=color, linestyle=dashes, **marks))
         steps = len(run.rows["train"])
         window = steps // 50 if smooth is None else min(smooth, steps)
-        for ax, name in ((loss, "loss"), (norm, "grad_norm"), (speed, "tokens_per_s")):
-            xs, ys = run.series("train", name, x)
-            label = f"{run.name}: {name}"
-            if window > 1:
-                ax.plot(xs, ys, ls="-", lw=THIN, alpha=raw_alpha, label=f"{label}, each step")
-                ys = moving_average(ys, window)
-            ax.plot(xs, ys, lw=THIN if ax is norm else THICK, label=label)
-        rate.plot(*run.series("train", "lr", x), lw=THICK, label=f"{run.name}: lr")
-        mfu.plot(*run.series("train", "mfu", x), lw=THIN, label=f"{run.name}: mfu")
-        for ax, kind, name in ((loss, "val", "loss"), (hellaswag, "hellaswag", "acc_norm")):
-            xs, ys = run.series(kind, name, x)
-            (line,) = ax.plot(xs, ys, lw=THIN, marker=marker, label=f"{run.name}: {kind}")
-            line.set(markersize=3.2, markerfacecolor="white", markeredgewidth=0.8)
-            # The markers of a long run would touch each other.
-            line.set_markevery(len(xs) // 25 + 1)
-        # The standard error of a proportion. A log.txt does not record the number of examples n:
-        # the error is then NaN, and not drawn.
-        xs, accuracy = run.series("hellaswag", "acc_norm", x)
-        _, n = run.series("hellaswag", "n", x)
-        error = standard_error(accuracy, n)
-        hellaswag.fill_between(xs, accuracy - error, accuracy + error, alpha=0.15, lw=0)
+        for key, ax in axes.items():
+            # What is drawn below without a colour or dashes of its own takes these.
+            second = len(runs) == 1 and key in BESIDE
+            ax.set_prop_cycle(color=[COLORS[1] if second else color], linestyle=[dashes])
+            for kind in PANELS[key][0]:
+                xs, ys = run.series(kind, key, x)
+                if kind != "train":
+                    # Every marker of a long run would touch the next.
+                    marks["markevery"] = len(xs) // 25 + 1
+                    ax.plot(xs, ys, lw=THIN, label=f"{run.name}: {kind}", **marks)
+                    continue
+                label = f"{run.name}: {key}"
+                # A schedule has no noise, but corners that an average would round.
+                if window > 1 and key != "lr":
+                    ax.plot(xs, ys, ls="-", lw=THIN, alpha=raw_alpha, label=f"{label}, each step")
+                    ys = moving_average(ys, window)
+                    label += ", smoothed"
+                ax.plot(xs, ys, lw=THIN if key in BESIDE else THICK, label=label)
+        if hellaswag := axes.get("acc_norm"):
+            # The standard error of a proportion. A log.txt does not record the number of examples
+            # n: the error is then NaN, and not drawn.
+            xs, acc = run.series("hellaswag", "acc_norm", x)
+            error = standard_error(acc, run.series("hellaswag", "n", x)[1])
+            hellaswag.fill_between(xs, acc - error, acc + error, alpha=raw_alpha / 2, lw=0)
+    loss = axes.get("loss")
+    add_legends(figure, runs, examples, loss)
 
-        # One legend for what the lines of a run are, and below another for which run is which.
-        if run is runs[0]:
-            what = ["training, each step", "training, smoothed", "validation"]
-            if window <= 1:
-                del what[1]
-            loss.legend(loss.lines, what, loc="upper right")
-    if len(runs) > 1:
-        numbers = [str(number) for number in range(len(runs))]
-        names = figure.legend(hellaswag.lines, numbers, loc="outside upper center", ncols=4)
-        for text, run in zip(names.get_texts(), runs, strict=True):
-            # Not as labels above: matplotlib skips those that begin with "_". Nor is "$" a formula.
-            text.set_parse_math(False)
-            long = len(run.name) > NAME_LENGTH
-            text.set_text(f"{run.name[:NAME_LENGTH]}..." if long else run.name)
-
-    loss.set_ylabel("loss (nats per token)")
-    hellaswag.set_ylabel("HellaSwag acc_norm")
-    rate.set(xlabel=x, ylabel="learning rate (thick)")
-    rate.ticklabel_format(axis="y", scilimits=(0, 0), useMathText=True)
-    norm.set_ylabel("gradient norm (thin)")
-    # Norms often stay within one power of ten, where the default would label a single tick.
-    norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    norm.yaxis.set_major_formatter(format_count)
-    norm.minorticks_off()
-    speed.set(xlabel=x, ylabel="tokens/s (thick)", ylim=(0, None))
-    speed.yaxis.set_major_formatter(format_count)
-    # Of all panels, as they have this axis in common.
-    speed.xaxis.set_major_formatter(format_count)
-    mfu.set(ylabel="MFU (thin)", ylim=(0, 1))
     # A scale of tokens above the steps, if a step has as many tokens in all runs.
     batches = {run.config.get("batch_tokens") for run in runs}
     tokens = next(iter(batches)) if len(batches) == 1 else None
-    if x == "steps" and tokens is not None:
-        for ax in (loss, hellaswag):
+    for key, ax in axes.items():
+        ax.xaxis.set_major_formatter(format_count)
+        if key in ("lr", "grad_norm", "tokens_per_s"):
+            ax.yaxis.set_major_formatter(format_count)
+        if key in ("tokens_per_s", "mfu"):
+            ax.set_ylim(0, 1 if key == "mfu" else None)
+        place = ax.get_subplotspec()
+        if place.is_last_row():
+            ax.set_xlabel(x)
+        if place.is_first_row() and key not in BESIDE and x == "steps" and tokens is not None:
             top = ax.secondary_xaxis("top", functions=(lambda s: s * tokens, lambda t: t / tokens))
             top.set_xlabel("tokens")
             top.xaxis.set_major_formatter(format_count)
-    for ax in (hellaswag, rate, norm, speed, mfu):
-        if not any(np.isfinite(line.get_ydata()).any() for line in ax.lines):
-            ax.set_ylabel(f"{ax.get_ylabel()}: not logged")
-            # A second axis without a line has no scale.
-            ax.tick_params(right=False, labelright=False)
 
-    # The range of the losses without the steep beginning, a twentieth of all points, which would
-    # flatten what follows.
-    losses = np.concatenate([line.get_ydata() for line in loss.lines])
-    losses = losses[np.isfinite(losses)]
-    low, high = np.percentile(losses if len(losses) else [GPT2_VAL_LOSS], (0.1, 95))
-    if any(run.dataset == FINEWEB_EDU for run in runs):
-        draw_published(loss, GPT2_VAL_LOSS, "GPT-2 124M,\nFineWeb-Edu,\nT=1024", dashes="-.")
-        low = min(low, GPT2_VAL_LOSS)
-        high = max(high, GPT2_VAL_LOSS)
-    margin = 0.06 * (high - low) + 0.01
-    loss.set_ylim(low - margin, high + margin)
-    # One of HellaSwag's four endings is the right one.
-    draw_published(hellaswag, 0.25, "chance", dashes=":")
-    draw_published(hellaswag, GPT2_SCORES["acc_norm"], "GPT-2\n124M", dashes="-.")
-    draw_published(hellaswag, GPT3_SCORES["acc_norm"], "GPT-3\n124M", dashes="--")
+    if loss:
+        # The range of the losses without the steep beginning, a twentieth of all points, which
+        # would flatten what follows.
+        losses = np.concatenate([line.get_ydata() for line in loss.lines])
+        losses = losses[np.isfinite(losses)]
+        low, high = np.percentile(losses if len(losses) else [GPT2_VAL_LOSS], (0.1, 95))
+        if any(run.dataset == FINEWEB_EDU for run in runs):
+            draw_published(loss, GPT2_VAL_LOSS, "GPT-2 124M,\nFineWeb-Edu,\nT=1024", dashes="-.")
+            low = min(low, GPT2_VAL_LOSS)
+            high = max(high, GPT2_VAL_LOSS)
+        margin = 0.06 * (high - low) + 0.01
+        loss.set_ylim(low - margin, high + margin)
+    if hellaswag:
+        # One of HellaSwag's four endings is the right one.
+        draw_published(hellaswag, 0.25, "chance", dashes=":")
+        draw_published(hellaswag, GPT2_SCORES["acc_norm"], "GPT-2\n124M", dashes="-.")
+        draw_published(hellaswag, GPT3_SCORES["acc_norm"], "GPT-3\n124M", dashes="--")
 
 
 def plot(runs: list[RunLog], out: Path, x: XAxis = "steps", smooth: int | None = None) -> None:

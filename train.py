@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 train.py        the default run: 124M, 10B tokens
     python train.py --preset quickstart                      minutes on a CPU, nothing downloaded
+    python train.py --preset finetune --init-from gpt2 --data-dir data/mine      on your own text
     python train.py --resume                                 continue from the newest checkpoint
 
 Everything is written to --log-dir: metrics.jsonl, plot.png and checkpoints, which are Hugging Face
@@ -29,10 +30,11 @@ import gc
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,13 +51,15 @@ import plot
 from data_loader import StepLayout, TokenDataset, TokenLoader
 from eval import Sampler, SamplingOptions, encode_prompt, validation_loss
 from metrics import MetricsLogger
-from model import GPT, GPTConfig
-from optim import build_optimizer, learning_rate, wrap_ddp
+from model import GPT, GPTConfig, read_shape, weights_sha256
+from optim import OptimizerName, Schedule, build_optimizer, learning_rate, wrap_ddp
 
-Preset = Literal["gpt-xs", "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+Preset = Literal["gpt-xs", "quickstart", "finetune", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 MAX_SKIPPED = 10  # consecutive skipped updates before the run ends with an error
 CPU_COMPILE_STEPS = 200  # compiling takes a CPU about a minute: fewer steps do not recoup it
+# Those that determine the learning rate of a step.
+SCHEDULE_SETTINGS = ("schedule", "cooldown", "max_steps", "warmup_steps", "max_lr", "min_lr")
 # Ranks may differ in these: paths on their machines, and what rank 0 alone uses.
 LOCAL_SETTINGS = ("data_dir", "log_dir", "hellaswag_data", "device", "tensorboard", "wandb")
 
@@ -70,14 +74,19 @@ class TrainConfig:
 
     preset: Preset = "gpt-xs"
     """gpt-xs: GPT-2 124M with a context of 512, on 10B tokens. quickstart: a small model on the
-    documentation in Python's standard library. gpt2, gpt2-medium, gpt2-large, gpt2-xl: OpenAI's
-    four sizes with their context of 1024."""
+    documentation in Python's standard library. finetune: the model of --init-from, with at most
+    512 tokens of its context, on a few million tokens of your own. gpt2, gpt2-medium, gpt2-large,
+    gpt2-xl: OpenAI's four sizes with their context of 1024."""
     data_dir: Path = Path("edu_fineweb10B")
     """Folder of token shards, as dataset.py writes them."""
     log_dir: Path = Path("log")
     """Folder to write to: metrics.jsonl, step_*/ checkpoints, plot.png, report.md."""
     resume: bool = False
     """Resume from the latest valid checkpoint in --log-dir, or start from scratch without one."""
+    init_from: str | None = None
+    """Start from the weights of this model instead of random ones: a checkpoint, a log folder (its
+    newest) or a hub id such as gpt2. The shape is that model's; --model.context-length may be less.
+    A checkpoint in --log-dir counts first with --resume."""
     model: GPTConfig = field(default_factory=GPTConfig)
 
     batch_tokens: Annotated[int, Bounds(1, 2**40)] = 524_288
@@ -86,14 +95,23 @@ class TrainConfig:
     """Sequences per device and micro-step; gradients are accumulated to --batch-tokens."""
     max_steps: Annotated[int, Bounds(1, 10**9)] = 19_073
     """Optimizer updates in the whole run."""
+    optimizer: OptimizerName = "adamw"
+    """adamw; or muon for the matrices of the blocks, and AdamW for everything else."""
+    muon_lr_scale: Annotated[float, Bounds(0, 1000)] = 3.0
+    """Muon's learning rate as a multiple of AdamW's."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after the warm-up: cosine or linear; wsd: constant, then linear
+    over the last --cooldown of the steps."""
+    cooldown: Annotated[float, Bounds(0, 1)] = 0.4
+    """The share of --max-steps in which the schedule wsd decays."""
     warmup_steps: Count = 715
-    """Updates of linear warm-up before the cosine decay."""
+    """Updates of linear warm-up before the decay."""
     max_lr: Annotated[float, Bounds(0, 100)] = 6e-4
     """Peak learning rate, at the end of the warm-up."""
     min_lr: Annotated[float, Bounds(0, 100)] = 6e-5
     """Learning rate of the last update."""
     weight_decay: Annotated[float, Bounds(0, 100)] = 0.1
-    """AdamW's weight decay, on tensors of 2 or more dimensions."""
+    """Weight decay, on tensors of 2 or more dimensions."""
     grad_clip: Annotated[float, Bounds(1e-9, 1e9)] = 1.0
     """Maximum norm of the gradient; a larger gradient is scaled down to it."""
 
@@ -121,9 +139,13 @@ class TrainConfig:
     device: str = "auto"
     """cuda, cuda:1, mps or cpu; auto: the machine's accelerator, or the CPU without one."""
     dtype: DtypeName = "auto"
-    """Precision of the matrix products; auto: bf16 where the device has it in hardware."""
+    """Precision of the matrix products; auto: bf16 where the device has it in hardware, fp16 on
+    other GPUs. The loss is scaled for fp16, and steps whose gradient overflows are skipped."""
     compile: bool = True
     """Compile the training step; on a CPU only if at least 200 steps remain, on mps never."""
+    recompute: Annotated[float, Bounds(0, 1)] = 0.0
+    """Share of the blocks that are computed again in the backward pass, instead of keeping their
+    activations: less memory for more time."""
     loss_rows: Annotated[int | None, Bounds(0, 2**40)] = None
     """Tokens per chunk of the loss, which bounds the memory of the logits. Default: by device; 0:
     no chunks, the plain loss."""
@@ -208,11 +230,28 @@ QUICKSTART = TrainConfig(
     checkpoint_every=300,
     compile=False,  # the compiler would take longer than it saves
 )
+FINETUNE_CONTEXT = 512  # tokens: a longer context of the source is cropped to that
+FINETUNE = TrainConfig(
+    preset="finetune",
+    log_dir=Path("log/finetune"),
+    batch_tokens=16_384,
+    micro_batch=4,
+    max_steps=300,  # 4.9M tokens
+    warmup_steps=20,
+    max_lr=5e-5,
+    min_lr=0.0,
+    val_every=25,
+    val_tokens=65_536,
+    hellaswag_every=0,
+    sample_every=50,
+    checkpoint_every=100,
+)
 PRESETS: dict[str, TrainConfig] = {
     config.preset: config
     for config in (
         TrainConfig(),
         QUICKSTART,
+        FINETUNE,
         openai_size("gpt2", d_model=768, n_heads=12, n_layers=12, max_lr=6e-4, micro_batch=64),
         openai_size(
             "gpt2-medium", d_model=1024, n_heads=16, n_layers=24, max_lr=3e-4, micro_batch=32
@@ -223,6 +262,19 @@ PRESETS: dict[str, TrainConfig] = {
         openai_size("gpt2-xl", d_model=1600, n_heads=25, n_layers=48, max_lr=2e-4, micro_batch=8),
     )
 }
+
+
+def scheduled_lr(config: TrainConfig, step: int) -> float:
+    """The learning rate of update ``step``."""
+    return learning_rate(
+        step,
+        config.max_steps,
+        config.warmup_steps,
+        config.max_lr,
+        config.min_lr,
+        config.schedule,
+        config.cooldown,
+    )
 
 
 # ---- parts of the setup --------------------------------------------------------------------------
@@ -270,6 +322,42 @@ def start_profiler(path: Path, steps: int, logger: MetricsLogger) -> torch.profi
     )
     profiler.start()
     return profiler
+
+
+def with_initial_shape(config: TrainConfig, preset: TrainConfig, info: DistInfo) -> TrainConfig:
+    """These options with the shape of the model that the run starts from, but for --model flags.
+
+    Raises ValueError that names all flags that contradict that shape, and ValueError or
+    FileNotFoundError, on all ranks, where there is no such model.
+    """
+    # A resumed run no longer needs its source, which may be gone. Flags that contradict the
+    # checkpoint are refused where it is loaded.
+    if config.resume:
+        own = info.run_on_rank_0(lambda: checkpoint.latest_valid(config.log_dir))
+        if own is not None:
+            shape = info.run_on_all(lambda: read_shape(own))
+            return parse_options(TrainConfig, __doc__, default=replace(preset, model=shape))
+    source = config.init_from
+    if source is None:
+        raise ValueError(
+            f"--preset {config.preset} needs a model to start from: add --init-from gpt2, or a"
+            " checkpoint or log folder"
+        )
+    shape = info.run_on_all(lambda: read_shape(checkpoint.find_model(source, check=True)))
+    default = shape
+    if config.preset == "finetune":
+        default = replace(shape, context_length=min(shape.context_length, FINETUNE_CONTEXT))
+    config = parse_options(TrainConfig, __doc__, default=replace(preset, model=default))
+    problems = []
+    for name, wanted in asdict(config.model).items():
+        limit = getattr(shape, name)
+        if name == "context_length" and wanted > limit:
+            problems.append(f"model.{name} {wanted} must be at most {limit} as in {source}")
+        elif name != "context_length" and wanted != limit:
+            problems.append(f"model.{name} {wanted} must be {limit} as in {source}")
+    if problems:
+        raise ValueError("; ".join(problems + config.validate(info.world_size)))
+    return config
 
 
 def open_data(config: TrainConfig) -> tuple[TokenDataset, TokenDataset]:
@@ -349,8 +437,14 @@ class Run:
         # Initialized on the CPU, so that the weights of a seed do not depend on the device.
         self.model = GPT(config.model).to(device)
         self.model.loss_chunk_rows = config.loss_rows
+        self.model.recomputed_blocks = math.ceil(config.recompute * config.model.n_layers)
         self.sampler = Sampler(self.model, self.dtype)
-        self.optimizer = build_optimizer(self.model, config.weight_decay)
+        self.optimizer = build_optimizer(
+            self.model, config.weight_decay, config.optimizer, config.muon_lr_scale
+        )
+        # Gradients too small for fp16 would be 0: they are those of the loss times a scale, which
+        # halves when one is too large and doubles after 2,000 steps without.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         device_name = metrics.device_name(device)
         dtype_name = str(self.dtype).removeprefix("torch.")
         self.logger = MetricsLogger(
@@ -366,12 +460,15 @@ class Run:
         # As JSON's types: a checkpoint stores them, and must be readable without unpickling.
         self.settings = json.loads(json.dumps(asdict(config), default=str))
         self.settings["data"] = fingerprint
+        self.settings["init_sha256"] = None  # of the weights that the run has started from
         self.step = 0  # updates made so far
         self.saved_step: int | None = None  # the step of the newest checkpoint
         self.writer = checkpoint.Writer(config.log_dir, keep=config.keep_checkpoints)
         self.save_seconds = 0.0  # that training waited for the checkpoint that is being written
         self.save_problem = ""  # why the newest checkpoint was not saved
         resumed_from = self._resume() if config.resume else None
+        if resumed_from is None and config.init_from is not None:
+            self._initialize_from(config.init_from)
 
         # The same weights, wrapped for training. Evaluations, samples and checkpoints use the plain
         # module: their shapes vary, and its state_dict keys have no wrapper's prefix.
@@ -397,7 +494,8 @@ class Run:
 
         # Before the first line of metrics: a file of the user's that cannot be used is refused.
         self.hellaswag_examples = self._load_hellaswag() if config.hellaswag_every else []
-        public_settings = {k: v for k, v in self.settings.items() if k != "data"}
+        private = ("data", "init_sha256")  # hundreds of lines, and what the line has already
+        public_settings = {k: v for k, v in self.settings.items() if k not in private}
         dist_info.run_on_all(
             lambda: self.logger.start(
                 self.step,
@@ -410,8 +508,13 @@ class Run:
                 world_size=world_size,
                 dtype=dtype_name,
                 resumed_from=resumed_from.name if resumed_from is not None else None,
+                init_from=self.settings["init_from"],
+                init_sha256=self.settings["init_sha256"],
             )
         )
+        no_mfu = metrics.unknown_peak(device, device_name, dtype_name)
+        if no_mfu is not None:
+            self.logger.print(no_mfu)
         if not all(checked):
             self.logger.print(
                 "checking all shards takes more than a minute; it continues in the background"
@@ -425,6 +528,22 @@ class Run:
         )
         # Installed last: until now nothing is lost if a signal ends the process at once.
         self.stop_signal = checkpoint.StopSignal()
+
+    def _initialize_from(self, source: str) -> None:
+        """Replace the random weights by those of a checkpoint or a hub's model."""
+
+        def load() -> str:
+            folder = checkpoint.find_model(source, check=True)
+            saved = GPT.from_pretrained(folder)
+            saved.crop_context(self.config.model.context_length)
+            # In place: the optimizer already refers to these parameters.
+            self.model.load_state_dict(saved.state_dict())
+            return weights_sha256(folder)
+
+        digest = self.dist_info.run_on_all(load)
+        self.dist_info.require_equal({f"the SHA-256 of {source}": digest})
+        self.settings["init_sha256"] = digest
+        self.logger.print(f"starting from the weights of {source}, SHA-256 {digest}")
 
     def _resume(self) -> Path | None:
         """Load the latest valid checkpoint; None when there is none."""
@@ -446,9 +565,21 @@ class Run:
         state = checkpoint.load_state(folder)
         for change in checkpoint.compare_settings(state.settings, self.settings, folder):
             self.logger.print(f"resuming with another setting: {change}")
+        for name in ("init_from", "init_sha256"):  # which stay true
+            self.settings[name] = state.settings.get(name)
+        saved = {**self.settings, **state.settings}
+        last = self.config.max_steps - 1
+        if any(saved[name] != self.settings[name] for name in SCHEDULE_SETTINGS):
+            self.logger.print(
+                f"the learning rate follows the new settings as if they had been used from step 0:"
+                f" {scheduled_lr(self.config, min(state.step, last)):.2e} at step {state.step},"
+                f" {scheduled_lr(self.config, last):.2e} at step {last}"
+            )
         # In place: the optimizer already refers to these parameters.
         checkpoint.load_model(self.model, folder)
         checkpoint.load_optimizer(self.optimizer, state.optimizer)
+        if state.scaler:
+            self.scaler.load_state_dict(state.scaler)
         return state
 
     def _load_hellaswag(self) -> list[hellaswag.Example]:
@@ -505,7 +636,8 @@ def log_hellaswag(run: Run) -> None:
 
 def log_sample(run: Run) -> None:
     """Log how the model continues the prompt, with the same seed each time."""
-    if run.dist_info.rank != 0 or run.step == 0:  # random weights have nothing to say
+    is_random = run.step == 0 and run.settings["init_from"] is None  # and has nothing to say
+    if run.dist_info.rank != 0 or is_random:
         return
     tokenizer = dataset.get_tokenizer()
     with run.logger.timed("sample", run.step) as row:
@@ -546,6 +678,7 @@ def save_checkpoint(run: Run) -> None:
             best_val=run.logger.best_val,
             skipped=run.logger.skipped_in_a_row,
             losses=list(run.logger.losses),
+            scaler=run.scaler.state_dict(),
         )
         try:
             run.writer.start(run.model, state)
@@ -638,9 +771,9 @@ def training_loop(run: Run) -> Iterator[None]:
             # no_sync() sets, without a second copy of the lines below.
             if run.ddp is not None:
                 run.ddp.require_backward_grad_sync = micro_step == run.micro_steps - 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
+            with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
                 loss = run.training_model(inputs, targets) / run.micro_steps
-            loss.backward()
+            run.scaler.scale(loss).backward()
             loss_sum += loss.detach()  # on the device: to read it here would wait for the GPU
 
         # ---- the mean loss of all ranks, and whether one of them has to stop. Before the update,
@@ -652,21 +785,23 @@ def training_loop(run: Run) -> Iterator[None]:
             stats /= world_size
 
         # ---- clip, set the learning rate, update
+        loss_scale = run.scaler.scale(torch.ones_like(loss_sum))  # 1 but in fp16
+        run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
-        # The fused kernel skips the update if this is 1, so the host need not read the norm. It is
-        # the norm of the averaged gradient: all ranks decide alike.
+        # The optimizer skips the update on the device if this is 1, so the host need not read the
+        # norm. It is the norm of the averaged gradient: all ranks decide alike.
         run.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-        lr = learning_rate(
-            run.step, config.max_steps, config.warmup_steps, config.max_lr, config.min_lr
-        )
+        lr = scheduled_lr(config, run.step)
         for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        run.optimizer.step()
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
 
         # ---- log
         check_log_folder(run)  # again: a step may take seconds
-        logger.log_step(run.step, lr, torch.cat((stats, norm.reshape(1))))  # [loss, stop, norm]
+        # [loss, stop, norm, loss scale]
+        logger.log_step(run.step, lr, torch.cat((stats, torch.stack((norm, loss_scale)))))
         run.step += 1
         if logger.skipped_in_a_row == MAX_SKIPPED:
             report_checkpoint(run, wait=True)
@@ -815,8 +950,13 @@ def main(on_step: Callable[[Run], None] | None = None) -> None:
         name = parser.parse_known_args()[0].preset
         preset = PRESETS.get(name, PRESETS["gpt-xs"])
         config = parse_options(TrainConfig, description=__doc__, default=preset)
+        dist_info = DistInfo.initialize(config.device)
+        start = {"preset": config.preset, "resume": config.resume, "init_from": config.init_from}
+        dist_info.require_equal(start)  # a rank must not wait for the others' part in what follows
+        if config.init_from is not None or config.preset == "finetune":
+            config = with_initial_shape(config, preset, dist_info)
         try:
-            train(config, DistInfo.initialize(config.device), on_step)
+            train(config, dist_info, on_step)
         except torch.OutOfMemoryError as error:
             half = max(1, config.micro_batch // 2)
             raise MemoryError(

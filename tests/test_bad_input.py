@@ -449,6 +449,8 @@ CASES: dict[str, list[Case]] = {
         Case("train", "--min-lr 1 --max-lr 0.1", "min_lr 1"),
         Case("train", "--warmup-steps 41", "warmup_steps 41"),
         Case("train", "--val-tokens 15", "val_tokens 15"),
+        Case("train", "--preset finetune", "finetune --init-from"),
+        Case("train", "--init-from gpt2", "d_model 16 8 vocab_size 300 50304 gpt2"),
         Case("eval", f"{PROMPT} --greedy --temperature 2", "greedy temperature"),
         Case("eval", f"{LOSS} {PROMPT}", "loss prompt"),
         Case("eval", f"{PROMPT} --stream --json", "stream json"),
@@ -468,6 +470,9 @@ CASES: dict[str, list[Case]] = {
         Case("train", "--data-dir nowhere", "nowhere dataset.py"),
         Case("train", "", "val shards", remove(VAL)),
         Case("train", "--hellaswag-every 5 --hellaswag-data no.jsonl", "no.jsonl"),
+        Case("train", "--init-from nowhere", "nowhere no such folder"),
+        Case("train", "--init-from empty", "empty config.json"),
+        Case("train", f"--init-from {STEP}", "safetensors", remove(f"{STEP}/model.safetensors")),
         Case("dataset", "--source nowhere", "nowhere"),
         Case("dataset", "--source empty", "empty .jsonl"),
         Case("dataset", "--verify --data-dir nowhere", "nowhere"),
@@ -485,6 +490,8 @@ CASES: dict[str, list[Case]] = {
         Case("train", "", TRAIN, fifo_instead(TRAIN)),
         Case("train", "--log-dir text.txt", "text.txt"),
         Case("train", "--data-dir text.txt", "text.txt"),
+        Case("train", "--init-from text.txt", "text.txt"),
+        Case("train", "--init-from gpt2", "config.json", fifo_instead("gpt2/config.json")),
         Case("train", "", ".lock", fifo_instead("new/.lock")),
         Case("dataset", VERIFY, PART, fifo_instead(PART), code=1, lines=0),
         Case("dataset", VERIFY, PART, folder_instead(PART), code=1, lines=0),
@@ -534,6 +541,12 @@ CASES: dict[str, list[Case]] = {
         Case("train", "", TRAIN, save_array(TRAIN, np.array([{}] * 100))),
         Case("train", "", VAL, save_array(VAL, np.zeros(0, np.uint16))),
         Case("train", "", f"{TRAIN} vocabulary", save_array(TRAIN, np.full(6000, 301, np.uint16))),
+        Case(
+            "train",
+            "--init-from log",
+            f"{TRAIN} vocabulary 300",
+            save_array(TRAIN, np.full(6000, 301, np.uint16)),
+        ),
         Case(
             "train", "--model.context-length 16384 --batch-tokens 131072 --val-tokens 20000", "data"
         ),
@@ -652,6 +665,10 @@ CASES: dict[str, list[Case]] = {
             replace("gpt2/config.json", b'"n_embd": 8', b'"n_embd": 8' + b"0" * 400),
         ),
         Case("hellaswag", "", "gpt2", write("gpt2/config.json", "{}")),
+        Case("train", "--init-from gpt2", "gpt2", write("gpt2/config.json", "[]")),
+        Case(
+            "train", "--init-from gpt2", "llama", edit_json("gpt2/config.json", model_type="llama")
+        ),
     ],
     "weights that are damaged, of another model, or not finite": [
         Case("eval", PROMPT, "gpt2", write("gpt2/model.safetensors", "")),
@@ -698,6 +715,12 @@ CASES: dict[str, list[Case]] = {
         Case(
             "eval", f"{PROMPT} --checkpoint log", "damaged", cut(f"{STEP}/config.json", 9), lines=2
         ),
+        Case(
+            "train",
+            f"--init-from {STEP}",
+            "ln_f.bias finite",
+            set_weight(STEP, "transformer.ln_f.bias", lambda t: t + torch.nan),
+        ),
     ],
     "a checkpoint that does not match its checksums, or whose checksums are damaged": [
         Case("eval", f"{PROMPT} --checkpoint {STEP}", STEP, flip(f"{STEP}/model.safetensors", -9)),
@@ -706,6 +729,8 @@ CASES: dict[str, list[Case]] = {
         ),
         Case("eval", f"{PROMPT} --checkpoint {STEP}", STEP, write(f"{STEP}/checksums.json", "[]")),
         Case("eval", f"{PROMPT} --checkpoint {STEP}", STEP, write(f"{STEP}/checksums.json", DEEP)),
+        Case("train", f"--init-from {STEP}", STEP, flip(f"{STEP}/model.safetensors", -9)),
+        Case("train", "--init-from log", "valid", flip(f"{STEP}/model.safetensors", -9), lines=2),
         Case("train", RESUME, "valid", flip(f"{STEP}/model.safetensors", -9), lines=LAST),
         Case("train", RESUME, "valid", write(f"{STEP}/checksums.json", ""), lines=LAST),
         Case("train", RESUME, "valid", write(f"{STEP}/checksums.json", "null"), lines=LAST),
@@ -806,6 +831,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "a run that is in the folder already, or --resume as another run": [
         Case("train", "--log-dir log", "log --resume"),
+        Case("train", "--log-dir log --init-from log", "log --resume"),
         Case("train", f"{RESUME} --seed 7", "seed"),
         Case("train", f"{RESUME} --batch-tokens 512", "batch_tokens"),
         Case("train", f"{RESUME} --model.d-model 32", "d_model"),

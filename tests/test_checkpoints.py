@@ -245,7 +245,7 @@ def tiny(tmp_path: Path) -> Path:
             ),
             "exp_avg is not a tensor",
         ),
-        (lambda state: state["state"][0].pop("exp_avg"), "not a state of AdamW"),
+        (lambda state: state["state"][0].pop("exp_avg"), "does not hold exp_avg, exp_avg_sq, step"),
         (lambda state: state["state"].pop(2), "the optimizer's state is not that"),
         (lambda state: state["state"].update({99: {}}), "the optimizer's state is not that"),
         (lambda state: state.update(state=[]), "the optimizer's state is not that"),

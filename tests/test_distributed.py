@@ -45,7 +45,8 @@ def count_rounds(run: Any) -> None:
         Path("rounds.json").write_text(json.dumps(counts))
 
 
-def test_the_parallel_model_compiles_into_a_graph_for_each_bucket() -> None:
+@pytest.mark.parametrize("recomputed", [0, 3])
+def test_the_parallel_model_compiles_into_a_graph_for_each_bucket(recomputed: int) -> None:
     """Then the exchange of one bucket overlaps the backward pass of the next."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(d_model=128, n_heads=4, n_layers=4, context_length=16, vocab_size=512))
@@ -53,6 +54,7 @@ def test_the_parallel_model_compiles_into_a_graph_for_each_bucket() -> None:
     model(*idx).backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
+    model.recomputed_blocks = recomputed
     # "aot_eager" traces both passes as Inductor's front end does, without a C++ compiler.
     graphs = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
@@ -66,6 +68,8 @@ def test_the_parallel_model_compiles_into_a_graph_for_each_bucket() -> None:
     finally:
         dist.destroy_process_group()
     assert len(graphs.graphs) > 2
+    nodes = [str(node.target) for graph in graphs.graphs for node in graph.graph.nodes]
+    assert nodes.count("tag_activation_checkpoint") == recomputed
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
 
@@ -106,9 +110,10 @@ def test_a_rank_that_differs_ends_all_before_the_first_step(
     assert not (folder / "log/metrics.jsonl").exists()
 
 
-def test_gradients_in_bf16_train_the_same_but_for_rounding(folder: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gradients_in_bf16_train_the_same_but_for_rounding(folder: Path, optimizer: str) -> None:
     for log, flags in (("fp32", ()), ("bf16", ("--bf16-grads",))):
-        run_well(folder, *PLAIN, "--log-dir", log, *flags, ranks=2)
+        run_well(folder, *PLAIN, "--log-dir", log, "--optimizer", optimizer, *flags, ranks=2)
     exact, rounded = (metrics(folder / log, "train") for log in ("fp32", "bf16"))
     assert list(exact) == list(rounded)
     losses = [(exact[key]["loss"], rounded[key]["loss"]) for key in exact]

@@ -41,7 +41,7 @@ def log(tmp_path: Path) -> MetricsLogger:
 
 
 def log_step(log: MetricsLogger, step: int, loss: float, norm: float = 1.0) -> None:
-    log.log_step(step, lr=0.5, stats=torch.tensor([loss, 0.0, norm]))
+    log.log_step(step, lr=0.5, stats=torch.tensor([loss, 0.0, norm, 1.0]))
 
 
 def read_rows(log: MetricsLogger) -> list[dict[str, Any]]:
@@ -119,7 +119,7 @@ def test_a_gpu_step_is_read_one_step_late(log: MetricsLogger, monkeypatch: Monke
     stream = Mock(record_event=Mock(side_effect=arrivals))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     for step in range(3):
-        copy = Mock(return_value=torch.tensor([step, 0.0, 1.0]))
+        copy = Mock(return_value=torch.tensor([step, 0.0, 1.0, 1.0]))
         log.log_step(step, lr=0.5, stats=Mock(device=torch.device("cuda"), to=copy))
         copy.assert_called_once_with("cpu", non_blocking=True)
         assert [arrived.query.call_count for arrived in arrivals].count(2) == step
@@ -132,7 +132,7 @@ def test_a_gpu_step_is_read_one_step_late(log: MetricsLogger, monkeypatch: Monke
 def test_only_rank_0_writes_and_prints(tmp_path: Path, capsys: Capture) -> None:
     log = new_logger(tmp_path, enabled=False)
     log.start(0, config={}, tensorboard=True, wandb=True)
-    log.log_step(0, lr=0.5, stats=torch.tensor([1.0, 1.0, 1.0]))
+    log.log_step(0, lr=0.5, stats=torch.tensor([1.0, 1.0, 1.0, 1.0]))
     log.print("hello")
     assert log.stop_requested  # all ranks read that one of them has to stop
     assert (list(tmp_path.iterdir()), capsys.readouterr().out) == ([], "")
@@ -235,11 +235,94 @@ def test_wandb_that_cannot_start_names_the_remedy(tmp_path: Path, monkeypatch: M
         metrics.start_wandb(tmp_path, {})
 
 
-def test_mfu_uses_the_devices_own_peak_in_bf16_or_none() -> None:
-    assert metrics.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
-    assert metrics.peak_flops("NVIDIA H100 PCIe", "bfloat16", devices=8) == 8 * 756e12
-    assert metrics.peak_flops("NVIDIA L40S", "float32") is None
-    assert metrics.peak_flops("NVIDIA GeForce GTX 1080", "bfloat16") is None
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA GB300", 2500.0),
+        ("NVIDIA B300 SXM6 AC", 2250.0),
+        ("NVIDIA GB200", 2500.0),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA GH200 144G HBM3e", 989.4),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 NVL", 835.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("A100-PCIE-40GB", 312.0),
+        ("NVIDIA A100 80GB PCIe", 312.0),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("GRID A100-40C", None),
+        ("NVIDIA A10G", 70.0),
+        ("NVIDIA A10", None),
+        ("NVIDIA A40", 149.7),
+        ("NVIDIA A40-48Q", None),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40", None),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("Quadro RTX 6000", None),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", None),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+        ("NVIDIA GeForce RTX 5090 D", None),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4080 SUPER", 104.4),
+        ("NVIDIA GeForce RTX 4080", 97.5),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2),
+        ("NVIDIA GeForce RTX 4070 Ti", 80.2),
+        ("NVIDIA GeForce RTX 4070", None),
+        ("GeForce RTX 3090", 71.0),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 3080", 59.5),
+        ("NVIDIA GeForce RTX 3080 Ti", None),
+        ("NVIDIA GeForce GTX 1080", None),
+        ("AMD Instinct MI300X", 1307.4),
+        ("AMD Instinct MI300A", None),
+        ("AMD Instinct MI250X", 191.5),
+        ("AMD Instinct MI250", 181.05),
+        ("AMD Instinct MI250X / MI250", 191.5),
+        ("", None),
+    ],
+)
+def test_mfu_uses_the_peak_of_that_very_device(name: str, tflops: float | None) -> None:
+    peaks = [metrics.peak_flops(name, dtype) for dtype in ("bfloat16", "float16", "float32")]
+    expected = None if tflops is None else pytest.approx(tflops * 1e12)
+    assert peaks == [expected, expected, None]
+    if tflops is not None:
+        assert metrics.peak_flops(name, "bfloat16", devices=8) == pytest.approx(8 * tflops * 1e12)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("Tesla T4", 65.0),
+        ("Tesla V100-SXM2-16GB", 125.0),
+        ("Tesla V100-PCIE-32GB", 112.0),
+        ("Tesla V100S-PCIE-32GB", None),
+    ],
+)
+def test_a_card_without_bf16_has_a_peak_in_fp16_only(name: str, tflops: float | None) -> None:
+    assert metrics.peak_flops(name, "float16") == (tflops and tflops * 1e12)
+    assert metrics.peak_flops(name, "bfloat16") is None
+
+
+def test_only_a_gpu_that_should_have_an_mfu_and_has_none_is_said() -> None:
+    cuda = torch.device("cuda")
+    for dtype in ("bfloat16", "float16"):
+        message = metrics.unknown_peak(cuda, "NVIDIA L40", dtype)
+        assert message is not None
+        assert "NVIDIA L40" in message
+        assert dtype in message
+        assert metrics.unknown_peak(cuda, "NVIDIA L4", dtype) is None
+        assert metrics.unknown_peak(CPU, "AMD EPYC", dtype) is None
+    assert metrics.unknown_peak(cuda, "NVIDIA L40", "float32") is None
+    assert metrics.unknown_peak(cuda, "Tesla T4", "float16") is None
+    assert metrics.unknown_peak(cuda, "Tesla T4", "bfloat16") is not None
 
 
 def test_the_start_of_a_run_names_versions_and_commit(log: MetricsLogger) -> None:

@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,21 @@ def command(
     return run
 
 
-def drawn(*folders: Path, x: plot.XAxis = "steps", smooth: int | None = None) -> list[Axes]:
-    """The figure's axes: loss, HellaSwag, learning rate, tokens/s, gradient norm, MFU."""
+def drawn(*folders: Path, x: plot.XAxis = "steps", smooth: int | None = None) -> dict[str, Axes]:
+    """The figure's axes, by what is drawn in them, in the order of ``plot.PANELS``."""
     figure = Figure()
     plot.draw(figure, [plot.read_metrics(folder) for folder in folders], x, smooth)
-    return figure.axes
+    axes = {str(ax.get_label()): ax for ax in figure.axes}
+    return {key: axes[key] for key in plot.PANELS if key in axes}
+
+
+def panels(axes: dict[str, Axes]) -> list[tuple[float, float, float, float]]:
+    """The sides of the panels, which two axes may share, in shares of the page."""
+    figure = next(iter(axes.values())).get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    places = [ax.get_position() for ax in axes.values()]
+    return sorted({(place.x0, place.y0, place.x1, place.y1) for place in places})
 
 
 def line(ax: Axes, label: str) -> list[list[float]]:
@@ -294,9 +305,9 @@ def test_a_loss_that_is_not_finite_is_a_gap_and_said(tmp_path: Path) -> None:
     rows = [start(), *(train(s, loss, 1001.0 + s) for s, loss in enumerate(losses))]
     folder = log(tmp_path, [*rows, val(204, None, 1300.0)])
     assert plot.read_metrics(folder).notes == ["steps without a finite loss: 2, first 1"]
-    loss, *_ = drawn(folder)
+    loss = drawn(folder)["loss"]
     assert np.isnan(line(loss, "log: loss, each step")[1][1])
-    assert np.isfinite(line(loss, "log: loss")[1]).all()
+    assert np.isfinite(line(loss, "log: loss, smoothed")[1]).all()
     assert np.isfinite(loss.get_ylim()).all()
     assert reported(folder)["validation loss, step 204"][0] == "nan"
     assert "Note: steps without a finite loss: 2, first 1." in (folder / "report.md").read_text()
@@ -319,32 +330,37 @@ def test_a_log_of_build_nanogpt_is_read(tmp_path: Path) -> None:
 
 def test_the_lines_drawn_are_the_numbers_logged(tmp_path: Path) -> None:
     rows = a_run()
-    loss, hella, rate, speed, norm, mfu, *_ = drawn(log(tmp_path, rows), smooth=0)
+    axes = drawn(log(tmp_path, rows), smooth=0)
     logged = [row for row in rows if row["kind"] == "train"]
     steps = [row["step"] for row in logged]
-    names = ("loss", "lr", "tokens_per_s", "grad_norm", "mfu")
-    for ax, name in zip((loss, rate, speed, norm, mfu), names, strict=True):
-        assert line(ax, f"log: {name}") == [steps, [row[name] for row in logged]]
+    for name in ("loss", "lr", "tokens_per_s", "grad_norm", "mfu"):
+        assert line(axes[name], f"log: {name}") == [steps, [row[name] for row in logged]]
     vals = [row for row in rows if row["kind"] == "val"]
-    assert line(loss, "log: val") == [[0, 50, 100, 150, 200], [row["loss"] for row in vals]]
-    assert line(hella, "log: hellaswag")[1] == pytest.approx([0.25, 0.27, 0.29, 0.31, 0.33])
+    val_line = line(axes["loss"], "log: val")
+    assert val_line == [[0, 50, 100, 150, 200], [row["loss"] for row in vals]]
+    accuracies = line(axes["acc_norm"], "log: hellaswag")[1]
+    assert accuracies == pytest.approx([0.25, 0.27, 0.29, 0.31, 0.33])
 
 
 def test_smoothing_is_a_centred_mean_behind_which_the_raw_values_stay(tmp_path: Path) -> None:
     folder = log(tmp_path, a_run())
     losses = plot.read_metrics(folder).series("train", "loss")[1]
-    loss, *_ = drawn(folder, smooth=5)
-    smooth = line(loss, "log: loss")[1]
+    axes = drawn(folder, smooth=5)
+    loss = axes["loss"]
+    smooth = line(loss, "log: loss, smoothed")[1]
     assert smooth[100] == pytest.approx(losses[98:103].mean())
     assert np.std(np.diff(smooth)) < np.std(np.diff(losses))
     assert line(loss, "log: loss, each step")[1] == losses.tolist()
+    # A schedule is drawn as it is.
+    assert [ln.get_label() for ln in axes["lr"].lines] == ["log: lr"]
 
 
 @pytest.mark.parametrize(("x", "last"), [("steps", 200), ("tokens", 200 * BATCH), ("hours", 0.022)])
 def test_the_horizontal_axis(tmp_path: Path, x: plot.XAxis, last: float) -> None:
-    loss, _, rate, *_ = drawn(log(tmp_path, a_run()), x=x)
+    axes = drawn(log(tmp_path, a_run()), x=x)
+    loss = axes["loss"]
     assert line(loss, "log: val")[0][-1] == pytest.approx(last, rel=0.05)
-    assert rate.get_xlabel() == x
+    assert axes["lr"].get_xlabel() == x
     assert len(loss.child_axes) == (1 if x == "steps" else 0)
     loss.figure.draw_without_rendering()
     for above in loss.child_axes:
@@ -357,26 +373,63 @@ def test_several_runs_lie_over_each_other_and_differ_without_colour(tmp_path: Pa
     lines = "0 val 10.9\n100 val 6.0\n0 hella 0.25\n0 train 11.0\n"
     (tmp_path / "lineage/log.txt").write_text(lines)
     ours = [log(tmp_path, a_run(seed=i), name) for i, name in enumerate(("one", "two"))]
-    loss, hella, *_ = drawn(*ours, tmp_path / "lineage")
+    axes = drawn(*ours, tmp_path / "lineage")
+    loss = axes["loss"]
     assert line(loss, "one: val")[1] == line(loss, "two: val")[1]
-    assert line(loss, "one: loss")[1] != line(loss, "two: loss")[1]
+    assert line(loss, "one: loss, smoothed")[1] != line(loss, "two: loss, smoothed")[1]
     assert line(loss, "lineage: val") == [[0, 100], [10.9, 6.0]]
-    marks = [ln for ln in hella.lines if ":" in ln.get_label()]
+    marks = [ln for ln in axes["acc_norm"].lines if ":" in ln.get_label()]
     assert len({ln.get_marker() for ln in marks}) == 3
     assert len({ln.get_linestyle() for ln in marks}) > 1
-    (names,) = loss.figure.legends
+    what, names = loss.figure.legends
     assert [text.get_text() for text in names.get_texts()] == ["one", "two", "lineage"]
+    assert len(what.get_texts()) == 3
+
+
+NAMES = ("AdamW, linear to 0, 0.002", "AdamW, cosine, 1e-3 (the default)", *"abc")
+
+
+@pytest.mark.parametrize("repeated", [1, 2, 20])
+def test_six_runs_differ_and_no_legend_covers_a_curve(tmp_path: Path, repeated: int) -> None:
+    folder = log(tmp_path, a_run())
+    names = [*NAMES, "MUON WITH WSD, 0.002 " * repeated]
+    figure = Figure(plot.FIGURE_INCHES)
+    with matplotlib.style.context(plot.STYLE):
+        plot.draw(figure, [plot.read_metrics(folder, name) for name in names], "steps", None)
+        figure.draw_without_rendering()
+    labels = tuple(f"{name}: " for name in names)
+    for key in plot.PANELS:
+        (ax,) = (ax for ax in figure.axes if ax.get_label() == key)
+        curves = [ln for ln in ax.lines if str(ln.get_label()).startswith(labels)]
+        assert {ln.get_color() for ln in curves} == set(plot.COLORS[:6])
+        if key in ("loss", "acc_norm"):
+            assert {ln.get_marker() for ln in curves} - {"None"} == set(plot.MARKERS[:6])
+    # More runs repeat a colour, and on paper a dash, but not with the same other.
+    for looks in (plot.COLORS, plot.MARKERS):
+        pairs = zip(range(35), cycle(plot.DASHES), cycle(looks), strict=False)
+        assert len({pair[1:] for pair in pairs}) == 35
+    # The legends are on the page, show all names, and are beside all axes and their labels.
+    what, runs = (legend.get_window_extent() for legend in figure.legends)
+    assert [len(legend.get_texts()) for legend in figure.legends] == [3, 6]
+    for box in (what, runs):
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        for ax in figure.axes:
+            axis_and_labels = ax.get_tightbbox()
+            assert axis_and_labels is not None
+            assert not box.overlaps(axis_and_labels)
+    assert not what.overlaps(runs)
 
 
 def test_runs_without_a_gradient_norm_are_drawn_together(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("0 train 11.0\n0 hella 0.25\n1 train 10.0\n")
-    *_, norm, _ = drawn(tmp_path, tmp_path)
-    norm.figure.draw_without_rendering()
-    assert norm.get_ylim()[0] > 0
+    axes = drawn(tmp_path, tmp_path)
+    assert list(axes) == ["loss", "acc_norm"]
+    assert len(panels(axes)) == 2
 
 
 def test_published_figures_are_drawn_named_and_in_the_frame(tmp_path: Path) -> None:
-    loss, hella, *_ = drawn(log(tmp_path, a_run()))
+    axes = drawn(log(tmp_path, a_run()))
+    loss, hella = axes["loss"], axes["acc_norm"]
     assert references(hella) == [0.25, 0.2955, 0.337]
     assert references(loss) == [3.2924]
     named = " ".join(text.get_text() for text in (*hella.texts, *loss.texts))
@@ -384,23 +437,78 @@ def test_published_figures_are_drawn_named_and_in_the_frame(tmp_path: Path) -> N
         assert what in named
     # The frame shows the end of the loss, and not only its fall from 11.
     low, high = loss.get_ylim()
-    assert low < 3.2924 < line(loss, "log: loss")[1][-1] < high < 8.0
+    assert low < 3.2924 < line(loss, "log: loss, smoothed")[1][-1] < high < 8.0
 
 
 @pytest.mark.parametrize("dataset", ["stdlib", None])
 def test_a_loss_on_another_text_is_not_compared(tmp_path: Path, dataset: str | None) -> None:
     folder = log(tmp_path, a_run(dataset=dataset))
-    loss, hella, *_ = drawn(folder)
-    assert references(loss) == []
-    assert len(references(hella)) == 3
+    axes = drawn(folder)
+    assert references(axes["loss"]) == []
+    assert len(references(axes["acc_norm"])) == 3
     assert reported(folder)["validation loss, step 200"][1:] == ["", ""]
 
 
-def test_what_a_run_has_not_logged_is_said(tmp_path: Path) -> None:
-    rows = [start(), *(train(s, 9.0, 1001.0 + s, mfu=None) for s in range(5))]
-    axes = drawn(log(tmp_path, rows))
-    missing = [axes.index(ax) for ax in axes if ax.get_ylabel().endswith(": not logged")]
-    assert missing == [1, 5]
+def test_two_curves_of_a_panel_have_axes_of_their_own_and_the_colours_of_these(
+    tmp_path: Path,
+) -> None:
+    axes = drawn(log(tmp_path, a_run()))
+    for left, right, labels in (
+        ("lr", "grad_norm", ("learning rate", "gradient norm")),
+        ("tokens_per_s", "mfu", ("tokens/s", "MFU")),
+    ):
+        pair = (axes[left], axes[right])
+        assert pair[0].get_position().bounds == pair[1].get_position().bounds
+        colors = []
+        for ax, label, side in zip(pair, labels, ("left", "right"), strict=True):
+            assert ax.get_ylabel().startswith(label)
+            assert ax.yaxis.get_label_position() == side
+            (color,) = {ln.get_color() for ln in ax.lines}
+            assert ax.yaxis.label.get_color() == color
+            assert {tick.get_color() for tick in ax.get_yticklabels()} == {color}
+            colors.append(color)
+        assert colors[0] != colors[1]
+    # Of several runs the colours are the runs', so that each curve has a panel.
+    folder = log(tmp_path, a_run())
+    assert len(panels(drawn(folder, folder))) == len(plot.PANELS)
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize(
+    ("gone", "alone", "together"),
+    [
+        ([], 4, 6),
+        (["mfu"], 4, 5),
+        (["mfu", "acc_norm"], 3, 4),
+        (["mfu", "acc_norm", "grad_norm"], 3, 3),
+        (["mfu", "acc_norm", "tokens_per_s", "lr"], 2, 2),
+        (["mfu", "acc_norm", "tokens_per_s", "lr", "grad_norm"], 1, 1),
+        (["loss", "lr"], 3, 4),
+    ],
+)
+def test_what_was_not_logged_has_no_panel_and_the_others_fill_the_page(
+    tmp_path: Path, runs: int, gone: list[str], alone: int, together: int
+) -> None:
+    rows = [row | {key: None for key in gone if key in row} for row in a_run()]
+    axes = drawn(*[log(tmp_path, rows)] * runs)
+    assert list(axes) == [key for key in plot.PANELS if key not in gone]
+    sides = panels(axes)
+    assert len(sides) == (alone if runs == 1 else together)
+    # Left, right, top and bottom: each row of panels is as wide as the widest, without a hole.
+    rows_of_panels: dict[float, list[tuple[float, float]]] = {}
+    for left, bottom, right, _ in sides:
+        rows_of_panels.setdefault(round(bottom, 2), []).append((left, right))
+    for row in rows_of_panels.values():
+        assert min(row)[0] < 0.2
+        assert max(row)[1] > 0.8
+    xlabels = {key for key, ax in axes.items() if ax.get_xlabel()}
+    lowest = min(bottom for _, bottom, _, _ in sides)
+    assert xlabels == {k for k, ax in axes.items() if ax.get_position().y0 < lowest + 0.01}
+
+
+def test_a_log_without_a_finite_number_is_an_empty_frame(tmp_path: Path) -> None:
+    folder = log(tmp_path, [start(), {"kind": "train", "step": 0, "time": 1001.0, "loss": None}])
+    assert list(drawn(folder, folder)) == ["loss"]
 
 
 # ---------------------------------------------------------------- the report
@@ -499,7 +607,7 @@ def test_a_name_is_drawn_as_it_is(tmp_path: Path, command: Command) -> None:
     assert command(*(f"{name}={folder}" for name in names))[::2] == (0, "")
     figure = Figure()
     plot.draw(figure, [plot.read_metrics(folder, name) for name in names], "steps", None)
-    (legend,) = figure.legends
+    _, legend = figure.legends
     shown = [text.get_text() for text in legend.get_texts()]
     assert shown == ["$x_{", "_hidden", "a?b?", names[3], "long" * 15 + "..."]
 

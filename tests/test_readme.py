@@ -28,10 +28,11 @@ CONFIGS = {  # by the names of their scripts
     for config in (DatasetConfig, TrainConfig, EvalConfig, HellaSwagConfig, PlotConfig)
 }
 # A shorter run of a smaller model by the same commands: the quickstart takes minutes.
-SHORTER = (
+FEWER_STEPS = (
     " --max-steps 4 --warmup-steps 2 --val-every 2 --val-tokens 1024 --sample-every 4"
-    " --batch-tokens 256 --micro-batch 2 --model.d-model 32 --model.n-layers 1"
+    " --batch-tokens 256 --micro-batch 2"
 )
+SHORTER = f"{FEWER_STEPS} --model.d-model 32 --model.n-layers 1"
 
 
 def test_the_two_commands_come_first() -> None:
@@ -54,6 +55,7 @@ def test_every_command_block_runs(tmp_path: Path) -> None:
                 continue  # this is it
             script = re.sub(r"pip install [^&]* && ", "", block)
             script = re.sub(r"(train\.py --preset quickstart.*)", rf"\1{SHORTER}", script)
+            script = re.sub(r"(train\.py --preset finetune.*)", rf"\1{FEWER_STEPS}", script)
             script = re.sub(r"(eval\.py --loss.*)", r"\1 --val-tokens 2048", script)
             command = ["bash", "-ec", script] if kind == "bash" else [sys.executable, "-c", script]
             done = subprocess.run(

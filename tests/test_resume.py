@@ -18,14 +18,14 @@ LOGGED = ("train", "val", "sample")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The log folders of a run of 40 steps on 1 and on 2 ranks."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
+    """The log folders of a run of 40 steps with each optimizer on 1 and on 2 ranks."""
     logs = {}
-    for ranks in (1, 2):
-        folder = tmp_path_factory.mktemp(f"undisturbed_{ranks}")
+    for optimizer, ranks in itertools.product(("adamw", "muon"), (1, 2)):
+        folder = tmp_path_factory.mktemp("undisturbed")
         write_shards(folder / "data")
-        run_well(folder, ranks=ranks)
-        logs[ranks] = folder / "log"
+        run_well(folder, "--optimizer", optimizer, ranks=ranks)
+        logs[optimizer, ranks] = folder / "log"
     return logs
 
 
@@ -60,60 +60,83 @@ def assert_same_run(log: Path, other: Path) -> None:
     assert metrics(log, *LOGGED) == metrics(other, *LOGGED)
 
 
-def kill_and_resume(folder: Path, ranks: int, kills: int, seed: int) -> None:
+def kill_and_resume(folder: Path, *flags: str, ranks: int, kills: int, seed: int) -> None:
     """A run of 40 steps, killed at random moments that are spread over it, and resumed."""
     rng = random.Random(seed)
     for part in range(kills):
         step = (40 * part + rng.randrange(40)) // kills
         # A machine that fails takes all ranks along; the out-of-memory killer takes one.
         fault = partial(kill_after, step, rng.random() * 0.08, rng.random() < 0.5)
-        trainings = start(folder, "--resume", ranks=ranks, on_step=fault)
+        trainings = start(folder, "--resume", *flags, ranks=ranks, on_step=fault)
         assert [training.wait() for training in trainings][-1] == -signal.SIGKILL
-    run_well(folder, "--resume", ranks=ranks)
+    run_well(folder, "--resume", *flags, ranks=ranks)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("optimizer", "ranks", "kills"),
+    [("adamw", 1, 6), ("adamw", 2, 6), ("muon", 1, 3), ("muon", 2, 3)],
+)
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
-    folder: Path, undisturbed: dict[int, Path], ranks: int
+    folder: Path,
+    undisturbed: dict[tuple[str, int], Path],
+    optimizer: str,
+    ranks: int,
+    kills: int,
 ) -> None:
-    kill_and_resume(folder, ranks, kills=6, seed=ranks)
-    assert_same_run(folder / "log", undisturbed[ranks])
+    kill_and_resume(folder, "--optimizer", optimizer, ranks=ranks, kills=kills, seed=ranks)
+    assert_same_run(folder / "log", undisturbed[optimizer, ranks])
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_run_killed_at_fifty_moments_ends_with_the_same_bytes(
-    folder: Path, undisturbed: dict[int, Path], ranks: int, seed: int
+    folder: Path, undisturbed: dict[tuple[str, int], Path], ranks: int, seed: int
 ) -> None:
-    kill_and_resume(folder, ranks, kills=10, seed=100 + seed)
-    assert_same_run(folder / "log", undisturbed[ranks])
+    optimizer = "muon" if seed % 2 else "adamw"
+    flags = ("--optimizer", optimizer)
+    kill_and_resume(folder, *flags, ranks=ranks, kills=10, seed=100 + seed)
+    assert_same_run(folder / "log", undisturbed[optimizer, ranks])
 
 
 def test_a_run_stopped_between_checkpoints_ends_with_the_same_bytes(
-    folder: Path, undisturbed: dict[int, Path]
+    folder: Path, undisturbed: dict[tuple[str, int], Path]
 ) -> None:
     for step in (3, 7, 25):
         out = run_well(folder, "--resume", on_step=partial(stop_after, step))
         assert f"stopped by SIGUSR1 after {step} steps" in out
     run_well(folder, "--resume")
-    assert_same_run(folder / "log", undisturbed[1])
+    assert_same_run(folder / "log", undisturbed["adamw", 1])
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [((2, 8), (1, 8)), ((1, 8), (2, 8)), ((1, 8), (1, 4)), ((2, 4), (1, 16)), ((4, 1), (2, 2))],
+    ("optimizer", "before", "after"),
+    [
+        ("adamw", (2, 8), (1, 8)),
+        ("adamw", (1, 8), (2, 8)),
+        ("adamw", (1, 8), (1, 4)),
+        ("adamw", (2, 4), (1, 16)),
+        ("adamw", (4, 1), (2, 2)),
+        ("muon", (2, 8), (1, 8)),
+        ("muon", (1, 8), (2, 4)),
+    ],
 )
 def test_a_run_resumed_on_other_devices_sees_the_same_tokens(
-    folder: Path, undisturbed: dict[int, Path], before: tuple[int, int], after: tuple[int, int]
+    folder: Path,
+    undisturbed: dict[tuple[str, int], Path],
+    optimizer: str,
+    before: tuple[int, int],
+    after: tuple[int, int],
 ) -> None:
+    flags = ("--optimizer", optimizer)
     (ranks, rows), (ranks_after, rows_after) = before, after
-    run_well(folder, "--micro-batch", str(rows), ranks=ranks, on_step=partial(stop_after, 20))
-    out = run_well(folder, "--micro-batch", str(rows_after), "--resume", ranks=ranks_after)
+    stop = partial(stop_after, 20)
+    run_well(folder, "--micro-batch", str(rows), *flags, ranks=ranks, on_step=stop)
+    out = run_well(folder, "--micro-batch", str(rows_after), "--resume", *flags, ranks=ranks_after)
     assert f"in {16 // (rows_after * ranks_after)} micro-steps" in out
     expected, losses = (
         {key: line["loss"] for key, line in metrics(log, "train", "val").items()}
-        for log in (undisturbed[1], folder / "log")
+        for log in (undisturbed[optimizer, 1], folder / "log")
     )
     assert losses == pytest.approx(expected, abs=1e-3)
     # The tolerance tells one step's tokens from another's.

@@ -1,0 +1,367 @@
+"""train.py --init-from: a run that starts from the weights of another model, and its preset."""
+
+import hashlib
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hub_server import HubServer
+from launcher import (
+    TINY,
+    fork,
+    free_port,
+    metrics,
+    read_files,
+    refused,
+    run,
+    run_well,
+    write_shards,
+)
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import eval
+import hellaswag
+import plot
+import train
+from model import GPT, GPTConfig, weights_sha256
+
+# The tiny settings but for the shape, which is the source's: flags come in pairs up to the last.
+SHAPELESS = [
+    word
+    for pair in zip(TINY[:-9:2], TINY[1:-9:2], strict=True)
+    for word in pair
+    if not pair[0].startswith("--model.")
+] + TINY[-9:]
+SHORT = "--max-steps 4 --warmup-steps 1 --val-every 2 --sample-every 2 --checkpoint-every 2".split()
+CONTEXT = 16  # of the runs; the source's is longer
+
+
+def write_source(folder: Path, vocab_size: int = 50257, context_length: int = 32) -> Path:
+    """A folder that transformers wrote, whose loss is far from that of random weights."""
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocab_size, n_positions=context_length, n_embd=16, n_layer=1, n_head=2
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def loss_of_transformers(source: Path, shard: Path, windows: int) -> float:
+    """The loss of the first windows of a shard, which overlap by a token."""
+    model = GPT2LMHeadModel.from_pretrained(source).eval()
+    tokens = torch.from_numpy(np.load(shard)[: windows * CONTEXT + 1].astype(np.int64))
+    inputs = tokens[:-1].view(windows, CONTEXT)
+    targets = tokens[1:].view(windows, CONTEXT)
+    with torch.no_grad():
+        return float(F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten()))
+
+
+def run_line(log: Path) -> dict[str, Any]:
+    """The newest line that says how a process has started."""
+    lines = [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "run"][-1]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def train_well(folder: Path, *flags: str, environment: dict[str, str] | None = None) -> str:
+    """Runs train.py with the source's shape: its standard output."""
+    world = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+    training = fork(folder, ["train.py", *SHAPELESS, *flags], world | (environment or {}))
+    assert training.wait() == 0, training.err
+    return training.out
+
+
+# ---- weights and shape ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 7, 24])
+def test_a_cropped_model_computes_the_same_and_is_saved_as_what_it_is(
+    length: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(d_model=16, n_heads=2, n_layers=2, context_length=24, vocab_size=50))
+    idx = torch.randint(0, 50, (3, length))
+    expected = model(idx)
+    model.crop_context(length)
+    assert torch.equal(model(idx), expected)
+    assert model.num_parameters() == sum(p.numel() for p in model.parameters())
+    assert dict(model.named_parameters())["transformer.wpe.weight"].requires_grad
+    with pytest.raises(ValueError, match=f"must be at most {length}"):
+        model.crop_context(length + 1)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["n_positions"] == length
+    assert torch.equal(GPT.from_pretrained(tmp_path)(idx), expected)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``source`` and a run that has started from it, with OpenAI's vocabulary."""
+    folder = tmp_path_factory.mktemp("tuned")
+    write_shards(folder / "data")
+    write_source(folder / "source")
+    endings = ["a", "b", "c", "d"]
+    row = {"activity_label": "a", "ctx": "b c", "ctx_a": "b", "ctx_b": "c", "label": 0}
+    (folder / "hellaswag.jsonl").write_text(json.dumps(row | {"endings": endings}) + "\n")
+    flags = ("--init-from", "source", "--model.context-length", str(CONTEXT), "--no-shuffle")
+    more = ("--hellaswag-every", "2", "--hellaswag-data", "hellaswag.jsonl")
+    out = train_well(folder, *SHORT, *flags, *more)
+    assert out.count("starting from the weights of source, SHA-256 ") == 1
+    return folder
+
+
+def test_the_first_losses_are_those_that_transformers_computes(tuned: Path) -> None:
+    rows = metrics(tuned / "log", "train", "val")
+    expected = loss_of_transformers(tuned / "source", tuned / "data/tiny_train_000001.npy", 16)
+    assert rows["train", 0]["loss"] == pytest.approx(expected, abs=1e-4)
+    expected = loss_of_transformers(tuned / "source", tuned / "data/tiny_val_000000.npy", 32)
+    assert rows["val", 0]["loss"] == pytest.approx(expected, abs=1e-4)
+    assert rows["val", 4]["loss"] < rows["val", 0]["loss"]
+    assert rows["train", 0]["lr"] == 1e-2  # the schedule begins anew
+
+
+def test_it_samples_before_the_first_step_to_compare_with(tuned: Path) -> None:
+    steps = [step for _, step in metrics(tuned / "log", "sample")]
+    assert steps == [0, 2, 4]
+
+
+def test_the_run_line_and_the_report_name_the_source_and_its_sha_256(tuned: Path) -> None:
+    expected = sha256(tuned / "source/model.safetensors")
+    line = run_line(tuned / "log")
+    assert (line["init_from"], line["init_sha256"]) == ("source", expected)
+    assert line["config"]["model"]["vocab_size"] == 50257
+    assert line["config"]["model"]["context_length"] == CONTEXT
+    report = plot.report(tuned / "log", tuned / "plot.png").read_text()
+    assert "| init_from | source |" in report
+    assert f"| init_sha256 | {expected} |" in report
+
+
+def test_a_checkpoint_of_it_is_evaluated_as_it_was_in_the_run(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tuned)
+    rows = metrics(tuned / "log", "val", "hellaswag")
+    model = "--checkpoint log --device cpu --dtype fp32 --json"
+    for script, flags, expected in (
+        (eval, "--loss --data-dir data --val-tokens 512", {"loss": rows["val", 4]["loss"]}),
+        (hellaswag, "--data hellaswag.jsonl", {"acc": rows["hellaswag", 4]["acc"]}),
+        (eval, "--prompt a --max-new-tokens 2", {"prompt": "a"}),
+    ):
+        monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *model.split(), *flags.split()])
+        script.main()
+        result = json.loads(capsys.readouterr().out)
+        for name, value in expected.items():
+            assert result[name] == (pytest.approx(value, abs=1e-6) if name == "loss" else value)
+    config = json.loads((tuned / "log/step_000004/config.json").read_text())
+    assert (config["vocab_size"], config["n_positions"]) == (50257, CONTEXT)
+
+
+def test_two_ranks_start_from_the_same_weights(folder: Path) -> None:
+    source = write_source(folder / "source", vocab_size=300)
+    flags = ("--init-from", "source", "--no-shuffle", *SHORT, "--max-steps", "2")
+    run_well(folder, *flags, ranks=2)
+    rows = metrics(folder / "log", "train")
+    expected = loss_of_transformers(source, folder / "data/tiny_train_000001.npy", 16)
+    assert rows["train", 0]["loss"] == pytest.approx(expected, abs=1e-4)
+    assert run_line(folder / "log")["init_sha256"] == sha256(source / "model.safetensors")
+
+
+def test_a_rank_that_starts_from_something_else_ends_all(folder: Path) -> None:
+    write_source(folder / "source", vocab_size=300)
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    trainings = [
+        fork(folder, ["train.py", *TINY, *own], world | {"RANK": str(rank)})
+        for rank, own in enumerate(([], ["--init-from", "source"]))
+    ]
+    for training in trainings:
+        result = (training.wait(), training.out, training.err)
+        refused(result, "init_from is None on rank 0 and source on rank 1")
+    assert not (folder / "log").exists()
+
+
+def check_compiled_weights(name: str, expected: list[float], run: Any) -> None:
+    """Before the first step, for which the compiler would take long."""
+    state = run.training_model.state_dict()
+    (weight,) = (value for key, value in state.items() if key.endswith(name))
+    assert any("_orig_mod" in key for key in state)
+    assert weight.flatten().tolist() == expected
+    run.loader.close()
+    raise SystemExit
+
+
+def test_the_compiled_step_trains_the_weights_of_the_source(folder: Path) -> None:
+    source = write_source(folder / "source", vocab_size=300)
+    name = "transformer.h.0.attn.c_attn.bias"
+    expected = GPT.from_pretrained(source).state_dict()[name].tolist()
+    flags = ("--init-from", "source", "--compile", "--max-steps", "200", "--sample-every", "0")
+    check = partial(check_compiled_weights, name, expected)
+    run_well(folder, *flags, ranks=2, on_step=check)
+
+
+def test_every_contradiction_of_the_shape_is_named_with_both_values(folder: Path) -> None:
+    write_source(folder / "source", vocab_size=300)
+    flags = "--init-from source --model.d-model 32 --model.n-layers 3 --model.context-length 64"
+    words = (
+        "d_model 32 must be 16",
+        "n_layers 3 must be 1",
+        "context_length 64 must be at most 32",
+    )
+    result = run(folder, *flags.split(), "--min-lr", "1")
+    refused(result, *words, "as in source", "min_lr 1.0")
+    assert "vocab_size" not in result[2]
+    assert not (folder / "log").exists()
+
+
+def test_a_hub_id_is_a_source(folder: Path) -> None:
+    source = write_source(folder / "source", vocab_size=300)
+    with HubServer({"someone/small": source}) as hub:
+        environment = hub.environment(folder / "cache")
+        flags = ("--init-from", "someone/small", *SHORT, "--max-steps", "1")
+        train_well(folder, *flags, environment=environment)
+        flags = ("--init-from", "someone/else", "--log-dir", "other")
+        training = fork(folder, ["train.py", *SHAPELESS, *flags], {"WORLD_SIZE": "1"} | environment)
+        refused((training.wait(), training.out, training.err), "someone/else", "not on the hub")
+    line = run_line(folder / "log")
+    assert line["init_from"] == "someone/small"
+    assert line["init_sha256"] == sha256(source / "model.safetensors")
+    assert line["config"]["model"]["context_length"] == 32
+    assert not (folder / "other").exists()
+
+
+def test_the_sha_256_of_a_model_in_several_files_is_that_of_their_list(tmp_path: Path) -> None:
+    write_source(tmp_path / "one", vocab_size=300)
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="10KB")
+    files = sorted((tmp_path / "many").glob("model-*.safetensors"))
+    assert len(files) > 1
+    printed = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
+    assert weights_sha256(tmp_path / "many") == hashlib.sha256(printed.encode()).hexdigest()
+    assert weights_sha256(tmp_path / "one") == sha256(tmp_path / "one/model.safetensors")
+
+
+def test_of_a_log_folder_the_newest_checkpoint_that_is_not_damaged_counts(copy: Path) -> None:
+    content = bytearray((copy / "log/step_000040/model.safetensors").read_bytes())
+    content[-9] ^= 1
+    (copy / "log/step_000040/model.safetensors").write_bytes(content)
+    before = read_files(copy / "log")
+    code, _, err = run(copy, "--init-from", "log", "--log-dir", "new", "--max-steps", "5")
+    assert code == 0, err
+    assert "step_000040: damaged" in err
+    expected = sha256(copy / "log/step_000035/model.safetensors")
+    assert run_line(copy / "new")["init_sha256"] == expected
+    assert read_files(copy / "log") == before
+
+
+# ---- resuming ------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_the_run_counts_before_its_source_which_may_be_gone(tuned: Path) -> None:
+    """And the run ends with the same weights."""
+    log = shutil.copytree(tuned / "log", tuned / "again/log")
+    shutil.copytree(tuned / "data", tuned / "again/data")
+    expected = sha256(log / "step_000004/model.safetensors")
+    shutil.rmtree(log / "step_000004")
+    flags = ("--init-from", "source", "--model.context-length", str(CONTEXT), "--no-shuffle")
+    out = train_well(tuned / "again", *SHORT, *flags, "--resume")
+    assert sha256(log / "step_000004/model.safetensors") == expected
+    assert "resuming with another setting: hellaswag_every was 2, is now 0\n" in out
+    assert "init_from was" not in out
+    line = run_line(log)
+    assert line["resumed_from"] == "step_000002"
+    assert line["init_sha256"] == sha256(tuned / "source/model.safetensors")
+
+
+def test_resuming_without_the_source_is_said_and_the_run_line_still_names_it(tuned: Path) -> None:
+    log = shutil.copytree(tuned / "log", tuned / "without/log")
+    shutil.copytree(tuned / "data", tuned / "without/data")
+    shape = ("--model.context-length", str(CONTEXT), "--model.vocab-size", "50257")
+    flags = ("--no-shuffle", "--max-steps", "6", "--resume")
+    out = run_well(tuned / "without", *SHORT, *shape, *flags)
+    assert "resuming with another setting: init_from was source, is now None\n" in out
+    assert run_line(log)["init_from"] == "source"
+    assert run_line(log)["init_sha256"] == sha256(tuned / "source/model.safetensors")
+
+
+def test_without_a_checkpoint_a_resumed_run_starts_from_the_source(folder: Path) -> None:
+    source = write_source(folder / "source", vocab_size=300)
+    train_well(folder, "--init-from", "source", "--resume", *SHORT, "--max-steps", "1")
+    line = run_line(folder / "log")
+    assert line["resumed_from"] is None
+    assert line["init_sha256"] == sha256(source / "model.safetensors")
+
+
+def test_a_run_does_not_start_from_its_own_folder(copy: Path) -> None:
+    before = read_files(copy)
+    refused(run(copy, "--init-from", "log"), "log contains a run")
+    refused(run(copy, "--init-from", "empty", "--log-dir", "empty", "--resume"), "empty")
+    assert read_files(copy) == before
+
+
+# ---- the preset ----------------------------------------------------------------------------------
+
+
+def test_the_preset_fits_one_to_eight_processes() -> None:
+    config = train.PRESETS["finetune"]
+    assert config.preset == "finetune"
+    assert config.model.context_length == train.FINETUNE_CONTEXT
+    for world_size in (1, 2, 4, 8):
+        assert config.validate(world_size) == []
+
+
+def preset_flags(*flags: str) -> list[str]:
+    """What the preset sets, on a tiny model: fewer tokens and steps."""
+    common = "--preset finetune --data-dir data --sample-prompt a --device cpu --dtype fp32"
+    fewer = "--batch-tokens 1200 --micro-batch 1 --max-steps 1 --warmup-steps 1 --no-compile"
+    return ["train.py", *common.split(), *fewer.split(), *flags]
+
+
+@pytest.mark.parametrize(
+    ("flags", "context_length"),
+    [
+        ("--batch-tokens 1024", 512),  # that of the preset
+        ("--model.context-length 600", 600),  # as long as the source's
+        ("--model.context-length 100", 100),
+    ],
+)
+def test_the_preset_crops_the_context_unless_it_is_given(
+    folder: Path, flags: str, context_length: int
+) -> None:
+    write_source(folder / "source", vocab_size=300, context_length=600)
+    command = preset_flags("--init-from", "source", *flags.split())
+    training = fork(folder, command, {"WORLD_SIZE": "1"})
+    assert training.wait() == 0, training.err
+    config = run_line(folder / "log/finetune")["config"]
+    assert config["model"]["context_length"] == context_length
+    assert config["val_tokens"] > 2000  # more than there are: then all of them are used
+    saved = json.loads((folder / "log/finetune/step_000001/config.json").read_text())
+    assert saved["n_positions"] == context_length
+
+
+def test_the_preset_resumes_without_its_source_but_does_not_start_without_one(
+    folder: Path,
+) -> None:
+    write_source(folder / "source", vocab_size=300, context_length=100)
+    for flags in ([], ["--resume"]):
+        training = fork(folder, preset_flags(*flags), {"WORLD_SIZE": "1"})
+        result = (training.wait(), training.out, training.err)
+        refused(result, "--preset finetune", "--init-from")
+    assert not (folder / "log").exists()
+    for flags in (["--init-from", "source"], ["--resume", "--max-steps", "2"]):
+        training = fork(folder, preset_flags(*flags), {"WORLD_SIZE": "1"})
+        assert training.wait() == 0, training.err
+    assert run_line(folder / "log/finetune")["resumed_from"] == "step_000001"
+    assert os.path.exists(folder / "log/finetune/step_000002")

@@ -1,0 +1,276 @@
+"""The recipes beside the default one: Muon, the schedules, fp16, and activations computed again."""
+
+import json
+import math
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launcher import metrics, refused, run, run_well
+from test_train import RUN
+from torch import Tensor
+
+from model import GPT, GPTConfig, LinearCrossEntropy
+from optim import MuonWithAdamW, Schedule, build_optimizer, learning_rate, orthogonalize
+
+TINY = GPTConfig(d_model=16, n_heads=2, n_layers=2, context_length=16, vocab_size=300)
+
+
+def losses(log: Path) -> list[float]:
+    return [line["loss"] for line in metrics(log, "train").values()]
+
+
+# ---- schedules -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "cooldown", "expected"),
+    [
+        ("linear", 0.4, {9: 1.0, 10: 1.0, 55: 0.55, 100: 0.1}),
+        ("wsd", 0.4, {9: 1.0, 10: 1.0, 60: 1.0, 80: 0.55, 100: 0.1}),
+        ("wsd", 0.0, {10: 1.0, 100: 1.0}),
+        ("wsd", 1.0, {10: 1.0, 55: 0.55, 100: 0.1}),  # never before the end of the warm-up
+    ],
+)
+def test_the_linear_schedules_fall_in_a_line_to_the_last_step(
+    schedule: Schedule, cooldown: float, expected: dict[int, float]
+) -> None:
+    rates = {step: learning_rate(step, 101, 10, 1.0, 0.1, schedule, cooldown) for step in expected}
+    assert rates == pytest.approx(expected)
+    assert learning_rate(4, 101, 10, 1.0, 0.1, schedule, cooldown) == pytest.approx(0.5)
+
+
+def test_a_run_follows_its_schedule_and_a_longer_one_says_what_becomes_of_it(folder: Path) -> None:
+    flags = ("--schedule", "wsd", "--cooldown", "0.5")
+    run_well(folder, *RUN, *flags)
+    rates = [line["lr"] for line in metrics(folder / "log", "train").values()]
+    assert rates[2:10] == pytest.approx([1e-2] * 8)
+    assert rates[10:] == pytest.approx([1e-2 - 9e-4 * (i + 1) for i in range(10)])
+    out = run_well(folder, *RUN, "--resume", "--max-steps", "30", "--schedule", "linear")
+    assert "schedule was wsd, is now linear" in out
+    assert "as if they had been used from step 0: 4.00e-03 at step 20, 1.00e-03 at step 29" in out
+    last = metrics(folder / "log", "train")
+    assert [last["train", step]["lr"] for step in (20, 29)] == pytest.approx([4e-3, 1e-3])
+
+
+# ---- Muon ----------------------------------------------------------------------------------------
+
+
+def test_orthogonalized_matrices_keep_their_directions_and_lose_their_sizes() -> None:
+    torch.manual_seed(0)
+    for shape in ((3, 32, 96), (96, 32)):
+        matrices = torch.randn(shape)
+        result = orthogonalize(matrices)
+        values = torch.linalg.svdvals(result)
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+        u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+        assert torch.nn.functional.cosine_similarity(result, u @ vh, dim=-1).min() > 0.9
+
+
+def test_the_update_is_that_of_torchs_muon() -> None:
+    """Which computes it in bf16."""
+    torch.manual_seed(0)
+    start = torch.randn(64, 96)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True)
+    optimizers = [
+        MuonWithAdamW([ours], adamw, weight_decay=0.1, lr_scale=1.0),
+        torch.optim.Muon([theirs], weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(5):
+        ours.grad = torch.randn(64, 96)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.02
+            optimizer.step()
+    assert (ours - theirs).norm() < 0.02 * (ours - start).norm()
+
+
+def test_every_parameter_is_updated_once_and_the_three_matrices_of_c_attn_apart() -> None:
+    model = GPT(TINY)
+    optimizer = build_optimizer(model, 0.1, "muon", muon_lr_scale=2.0)
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    muon = {id(p) for p in optimizer.param_groups[0]["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in muon}
+    ends = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert names == {f"transformer.h.{i}.{end}.weight" for i in range(2) for end in ends}
+
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01 * group.get("lr_scale", 1.0)
+        group["weight_decay"] = 0.0
+    weight = model.transformer.h[0].attn.c_attn.weight
+    before = weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape)
+    thirds = weight.grad.view(3, 16, 16) * 0.0975  # what Nesterov's momentum makes of the first
+    optimizer.step()
+    update = (before - weight.detach()).view(3, 16, 16)
+    expected = orthogonalize(thirds) * 0.2 * math.sqrt(16)
+    torch.testing.assert_close(update, 2.0 * 0.01 * expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_skipped_update_changes_neither_weights_nor_state() -> None:
+    model = GPT(TINY)
+    optimizer = build_optimizer(model, 0.1, "muon")
+    idx = torch.arange(16).view(1, 16)
+    for found_inf in (0.0, 1.0):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        state = {i: {k: v.clone() for k, v in s.items()} for i, s in _states(optimizer).items()}
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        model(idx, idx).backward()
+        if found_inf:
+            model.transformer.h[1].mlp.c_fc.weight.grad[0, 0] = math.inf
+            model.transformer.ln_f.weight.grad[0] = math.nan
+        optimizer.found_inf = torch.tensor(found_inf)  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad()
+        changed = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+        assert len(changed) == (0 if found_inf else len(before))
+    torch.testing.assert_close(_states(optimizer), state, rtol=0, atol=0)
+
+
+def _states(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    return optimizer.state_dict()["state"]
+
+
+def test_muon_learns_and_is_another_run_than_adamw(folder: Path) -> None:
+    for log in ("adamw", "muon"):
+        run_well(folder, *RUN, "--optimizer", log, "--log-dir", log)
+    adamw, muon = losses(folder / "adamw"), losses(folder / "muon")
+    assert adamw[0] == muon[0]
+    assert muon[-1] != adamw[-1]
+    assert muon[-1] < muon[0] - 0.2
+    run_well(folder, *RUN, "--optimizer", "muon", "--muon-lr-scale", "1", "--log-dir", "slower")
+    assert losses(folder / "slower")[-1] != muon[-1]
+    flags = ("--resume", "--log-dir", "muon", "--max-steps", "30")
+    refused(run(folder, *RUN, *flags), "optimizer was muon, is now adamw")
+
+
+# ---- fp16 ----------------------------------------------------------------------------------------
+
+
+def overflow(first: int, count: int, run: Any) -> None:
+    """The gradient of a weight is too large for fp16, ``count`` steps from ``first`` on."""
+
+    def enlarge(gradient: Tensor) -> Tensor:
+        return gradient * (math.inf if first <= run.step < first + count else 1.0)
+
+    if not getattr(run, "hooked", False):
+        run.hooked = True
+        run.model.transformer.h[0].mlp.c_fc.weight.register_hook(enlarge)
+
+
+@pytest.mark.parametrize(("ranks", "optimizer"), [(1, "adamw"), (2, "muon")])
+def test_overflows_in_fp16_halve_the_scale_and_do_not_end_a_run(
+    folder: Path, ranks: int, optimizer: str
+) -> None:
+    """More of them in a row than the non-finite gradients that end one."""
+    flags = ("--dtype", "fp16", "--max-steps", "24", "--optimizer", optimizer)
+    out = run_well(folder, *flags, ranks=ranks, on_step=partial(overflow, 3, 12))
+    lines = list(metrics(folder / "log", "train").values())
+    assert [line["step"] for line in lines if line.get("overflow")] == list(range(3, 15))
+    assert not any(line.get("skipped") for line in lines)
+    assert out.count("overflow in fp16") == 12
+    assert [line["loss_scale"] for line in lines[2:17]] == [
+        65536 / 2**i for i in (0, *range(13), 12)
+    ]
+    state = torch.load(folder / "log/step_000024/training_state.pt", weights_only=True)
+    assert state["scaler"]["scale"] == 16
+    assert state["skipped"] == 0
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_a_gradient_that_no_scale_makes_finite_ends_a_run_in_fp16(folder: Path) -> None:
+    code, out, err = run(folder, "--dtype", "fp16", on_step=partial(overflow, 0, 1000))
+    assert code == 1
+    assert "10 gradients in a row were not finite" in err
+    assert out.count("overflow in fp16") == 16  # down to a scale of 1
+
+
+def stop_after_nine(run: Any) -> None:
+    overflow(2, 3, run)
+    if run.step == 8:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_in_fp16_resumes_exactly(folder: Path, optimizer: str) -> None:
+    flags = ("--dtype", "fp16", "--max-steps", "14", "--optimizer", optimizer)
+    run_well(folder, *flags, "--log-dir", "whole", on_step=partial(overflow, 2, 3))
+    run_well(folder, *flags, "--log-dir", "parts", on_step=stop_after_nine)
+    run_well(folder, *flags, "--log-dir", "parts", "--resume", on_step=partial(overflow, 2, 3))
+    assert losses(folder / "whole") == losses(folder / "parts")
+    states = [
+        torch.load(folder / log / "step_000014/training_state.pt", weights_only=True)
+        for log in ("whole", "parts")
+    ]
+    assert states[0]["scaler"]["_growth_tracker"] == 9  # steps since the last overflow
+    for name in ("scaler", "optimizer"):
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_the_gradient_of_the_loss_in_fp16_holds_sums_that_fp16_does_not(one_hot: bool) -> None:
+    """The gradient of a weight is a sum over all rows, before any scale of the loss is applied."""
+    torch.manual_seed(0)
+    rows = 4096
+    hidden = (40 + torch.randn(rows, 16)).requires_grad_()
+    weight = (torch.randn(32, 16) / 100).requires_grad_()
+    targets = torch.zeros(rows, dtype=torch.long)
+    loss = LinearCrossEntropy.apply(hidden, weight, targets, rows, torch.float16, one_hot)
+    loss.backward()
+    expected = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(hidden @ weight.T, targets), (hidden, weight)
+    )
+    assert rows * expected[1].abs().max() > 65504
+    for gradient, exact in zip((hidden.grad, weight.grad), expected, strict=True):
+        assert gradient is not None
+        assert (gradient - exact).norm() < 0.02 * exact.norm()
+
+
+# ---- activations computed again ------------------------------------------------------------------
+
+
+def count_blocks(path: str, run: Any) -> None:
+    """Write how often each block computed in a step of one micro-batch."""
+    if run.step == 0:
+        run.calls = [0] * len(run.model.transformer.h)
+        for i, block in enumerate(run.model.transformer.h):
+
+            def count(*_: object, i: int = i) -> None:
+                run.calls[i] += 1
+
+            block.register_forward_pre_hook(count)
+    elif run.step == 1:
+        Path(path).write_text(json.dumps(run.calls))
+
+
+@pytest.mark.parametrize(("share", "calls"), [("0", [1, 1]), ("0.4", [2, 1]), ("1", [2, 2])])
+def test_a_share_of_the_blocks_is_computed_again_with_the_same_losses(
+    folder: Path, share: str, calls: list[int]
+) -> None:
+    flags = (*RUN, "--model.n-layers", "2", "--val-every", "0", "--micro-batch", "16")
+    run_well(folder, *flags, "--log-dir", "plain")
+    on_step = partial(count_blocks, "calls.json")
+    run_well(folder, *flags, "--recompute", share, on_step=on_step)
+    assert json.loads((folder / "calls.json").read_text()) == calls
+    assert losses(folder / "log") == losses(folder / "plain")
+    flags = (*flags, "--micro-batch", "8", "--log-dir", "two")
+    run_well(folder, *flags, "--recompute", share, ranks=2)
+    assert losses(folder / "two") == pytest.approx(losses(folder / "plain"), abs=1e-4)
+
+
+def test_all_recipes_work_in_the_compiled_step(folder: Path) -> None:
+    """Which a CPU compiles only for 200 steps."""
+    flags = (*RUN, "--optimizer", "muon", "--schedule", "wsd", "--recompute", "0.4")
+    flags = (*flags, "--max-steps", "200", "--val-every", "0")
+    run_well(folder, *flags, "--log-dir", "plain")
+    run_well(folder, *flags, "--compile")
+    assert losses(folder / "log")[:40] == pytest.approx(losses(folder / "plain")[:40], abs=1e-3)
