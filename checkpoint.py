@@ -90,10 +90,13 @@ class TrainingState:
             torch.Generator().set_state(result.rng)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{first_line(error)} - at `$.rng`") from None
-        # Factors, of which none may be 0, and the number of steps since the last change.
-        known = {} if not result.scaler else torch.amp.GradScaler("cpu").state_dict()
-        factors = [value for name, value in result.scaler.items() if name != "_growth_tracker"]
-        if result.scaler.keys() != known.keys() or not all(0 < f < 1e38 for f in factors):
+        # The numbers of torch's GradScaler, of which only that of steps since a change may be 0.
+        known = torch.amp.GradScaler("cpu").state_dict() if result.scaler else {}
+        types = {name: type(value) for name, value in result.scaler.items()}
+        positive = [value for name, value in result.scaler.items() if name != "_growth_tracker"]
+        if types != {name: type(value) for name, value in known.items()} or not all(
+            0 < value < 1e38 for value in positive
+        ):
             raise ValueError("not the state of a loss scaler - at `$.scaler`")
         if not {"state", "param_groups"} <= set(result.optimizer):
             raise ValueError("not an optimizer's state - at `$.optimizer`")

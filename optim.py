@@ -111,7 +111,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ``state_dict`` is in torch's format. Like a fused AdamW it skips an update if its attribute
     ``found_inf``, a scalar on the device of the weights, is 1. torch.optim.Muon, which makes the
     same updates, knows no skipping, takes c_attn for one matrix, and computes in bf16 everywhere:
-    on a CPU without bf16 instructions that is {SLOWER} times slower.
+    on a CPU without bf16 instructions that is more than ten times slower.
     """
 
     _step_supports_amp_scaling = True  # torch's GradScaler then sets found_inf, too

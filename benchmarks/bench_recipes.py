@@ -191,6 +191,8 @@ def main() -> None:
 
     for name in runs:
         runs[name][0].name = name
+        for row in runs[name][0].rows["train"].values():
+            row.pop("tokens_per_s", None)  # of runs that had to share the machine
     plot([runs[name][0] for name in runs], options.out)
     print(f"\nwrote {options.out}")
 

@@ -48,7 +48,11 @@ from data_loader import TokenLoader
 from model import GPT
 from train import TrainConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[common.DtypeName, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,12 @@ class BenchConfig:
 
     device: str = "auto"
     """cuda, cuda:1 or cpu; auto: the machine's GPU, or the CPU without one."""
-    tables: tuple[Literal["variants", "growth", "ranks"], ...] = ("variants", "growth", "ranks")
+    tables: tuple[Literal["variants", "growth", "recompute", "ranks"], ...] = (
+        "variants",
+        "growth",
+        "recompute",
+        "ranks",
+    )
     """Tables to measure, in this order."""
     micro_batch: int | None = None
     """Sequences computed at once in the table of variants. Default: 64, on a CPU 4."""
@@ -275,6 +284,18 @@ def growth(base: TrainConfig, cuda: bool) -> Iterator[tuple[str, list[Variant]]]
     yield f"Model: {B} x 512", [Variant(size, shape(base, B, 512, size)) for size in sizes]
 
 
+def recompute(base: TrainConfig, cuda: bool) -> Iterator[tuple[str, list[Variant]]]:
+    """Titles and rows: ours over the share of the blocks that is computed twice."""
+    base = replace(base, compile=cuda)
+    for size, B in (("gpt2", 64 if cuda else 4), ("gpt2-large", 16 if cuda else 1)):
+        config = shape(base, B, 512, size)
+        rows = [
+            Variant(f"--recompute {share:g}", replace(config, recompute=share))
+            for share in (0.0, 0.5, 1.0)
+        ]
+        yield f"Activations computed again: {size}, {B} x 512", rows
+
+
 def ranks(data_dir: Path, cuda: bool) -> None:
     """Print a table of torchrun with 1, 2, ... processes here, with the same tokens a step."""
     count = torch.cuda.device_count() if cuda else 2
@@ -313,14 +334,12 @@ def main() -> None:
         torch.set_float32_matmul_precision("high")
         device_name = metrics.device_name(device)
         print(f"{device_name}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-        ceilings = dict.fromkeys(DTYPES, math.nan)
-        if bench.ceiling:
-            ceilings = {name: matmul_flops(device, dtype) for name, dtype in DTYPES.items()}
-            for name, flops in ceilings.items():
-                print(f"ceiling in {name}: {flops / 1e12:.3f} TFLOP/s")
         dtype = common.choose_dtype("auto", device)
-        dtype_name: common.DtypeName = "bf16" if dtype == torch.bfloat16 else "fp32"
-        ceiling = ceilings[dtype_name]
+        dtype_name = next(name for name in DTYPES if DTYPES[name] == dtype)
+        ceiling = math.nan
+        if bench.ceiling:
+            ceiling = matmul_flops(device, dtype)
+            print(f"ceiling in {dtype_name}: {ceiling / 1e12:.3f} TFLOP/s")
         peak = metrics.peak_flops(device_name, str(dtype).removeprefix("torch."))
 
         rng = np.random.default_rng(0)
@@ -334,8 +353,8 @@ def main() -> None:
             if table == "variants":
                 title, rows = variants(bench, base, cuda)
                 show(title, measure(rows, bench.rounds, device), ceiling, peak)
-            elif table == "growth":
-                for title, rows in growth(base, cuda):
+            elif table in ("growth", "recompute"):
+                for title, rows in (growth if table == "growth" else recompute)(base, cuda):
                     # One at a time: together they would not fit into memory.
                     alone = [row for v in rows for row in measure([v], bench.rounds, device)]
                     show(title, alone, ceiling, peak)

@@ -194,6 +194,9 @@ def test_a_weight_decay_that_is_announced_takes_effect(copy: Path) -> None:
 TINY = GPTConfig(d_model=16, n_heads=2, n_layers=1, context_length=16, vocab_size=300)
 
 
+SCALER = torch.amp.GradScaler("cpu").state_dict()
+
+
 def stepped(config: GPTConfig = TINY) -> tuple[GPT, torch.optim.AdamW]:
     """A model and its optimizer after one update."""
     model = GPT(config)
@@ -308,6 +311,11 @@ def test_the_options_of_a_resumed_optimizer_are_those_of_today() -> None:
         ("skipped", None),
         ("losses", 3.0),
         ("losses", [1.0, "2"]),
+        ("scaler", {"scale": 2.0}),
+        ("scaler", SCALER | {"scale": 0.0}),
+        ("scaler", SCALER | {"scale": math.nan}),
+        ("scaler", SCALER | {"growth_interval": 2.5}),
+        ("scaler", SCALER | {"scale": "1"}),
     ],
 )
 def test_a_part_of_a_state_of_another_type_is_named(tiny: Path, key: str, value: object) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from launcher import metrics, refused, run, run_well
 from test_train import RUN
 from torch import Tensor
 
+from checkpoint import EARLIER_SETTINGS, compare_settings, load_optimizer
 from model import GPT, GPTConfig, LinearCrossEntropy
 from optim import MuonWithAdamW, Schedule, build_optimizer, learning_rate, orthogonalize
+from train import TrainConfig
 
 TINY = GPTConfig(d_model=16, n_heads=2, n_layers=2, context_length=16, vocab_size=300)
 
@@ -151,6 +154,36 @@ def test_muon_learns_and_is_another_run_than_adamw(folder: Path) -> None:
     assert losses(folder / "slower")[-1] != muon[-1]
     flags = ("--resume", "--log-dir", "muon", "--max-steps", "30")
     refused(run(folder, *RUN, *flags), "optimizer was muon, is now adamw")
+
+
+def test_a_checkpoint_of_before_the_recipes_resumes_as_the_default_one() -> None:
+    now = json.loads(json.dumps(asdict(TrainConfig()), default=str))
+    saved = {name: value for name, value in now.items() if name not in EARLIER_SETTINGS}
+    assert compare_settings(saved, now, Path("step_7")) == []
+    assert compare_settings(saved, now | {"schedule": "wsd"}, Path("step_7")) == [
+        "schedule was cosine, is now wsd"
+    ]
+
+
+def test_moments_of_muon_that_do_not_fit_are_refused() -> None:
+    """And none of them is taken for AdamW's."""
+    model = GPT(TINY)
+    idx = torch.arange(16).view(1, 16)
+    model(idx, idx).backward()
+    optimizer = build_optimizer(model, 0.1, "muon")
+    optimizer.step()
+    state = optimizer.state_dict()
+    for change, named in (
+        ({"momentum_buffer": torch.zeros(3)}, r"state\[0\]\.momentum_buffer is of shape"),
+        ({"momentum_buffer": torch.full((48, 16), math.nan)}, "not finite"),
+        ({"step": torch.zeros(())}, r"state\[0\] does not hold momentum_buffer"),
+    ):
+        changed = {**state, "state": {**state["state"], 0: {**state["state"][0], **change}}}
+        with pytest.raises(ValueError, match=named):
+            load_optimizer(optimizer, changed)
+    with pytest.raises(ValueError, match="groups are not those of this model"):
+        load_optimizer(build_optimizer(model, 0.1), state)
+    load_optimizer(optimizer, state)
 
 
 # ---- fp16 ----------------------------------------------------------------------------------------
