@@ -398,8 +398,10 @@ class FolderLock:
         try:
             if self._path.stat().st_ino == self._inode:
                 return
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
+        except OSError:  # a network disk that does not answer: nothing says that it was renamed
+            return
         raise OSError(f"{self._folder} was renamed, removed or replaced during the run")
 
     def release(self) -> None:

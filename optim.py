@@ -166,7 +166,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             matrices = update.view(-1, columns, columns) if rows == 3 * columns else update
             update = orthogonalize(matrices.to(self.dtype)).reshape(rows, columns)
             # The entries of an orthogonal matrix have a root mean square of 1 / sqrt(longer side),
-            # AdamW's updates one of about 0.2.
+            # AdamW's updates one of about 0.2 at a learning rate of 1.
             size = 0.2 * math.sqrt(max(matrices.shape[-2:]))
             new = weight * (1 - group["lr"] * group["weight_decay"])
             new.sub_(update, alpha=group["lr"] * size)

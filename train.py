@@ -56,7 +56,8 @@ from optim import OptimizerName, Schedule, build_optimizer, learning_rate, wrap_
 
 Preset = Literal["gpt-xs", "quickstart", "finetune", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
-MAX_SKIPPED = 10  # consecutive skipped updates before the run ends with an error
+# Consecutive updates skipped before the run ends with an error; overflows in fp16 do not count.
+MAX_SKIPPED = 10
 CPU_COMPILE_STEPS = 200  # compiling takes a CPU about a minute: fewer steps do not recoup it
 # Those that determine the learning rate of a step.
 SCHEDULE_SETTINGS = ("schedule", "cooldown", "max_steps", "warmup_steps", "max_lr", "min_lr")
@@ -554,7 +555,8 @@ class Run:
         state = self.dist_info.run_on_all(lambda: self._load_checkpoint(folder))
         torch.set_rng_state(state.rng)
         self.logger.best_val = state.best_val
-        self.logger.skipped_in_a_row = state.skipped
+        # On a GPU a checkpoint may be of the very step that ended the run.
+        self.logger.skipped_in_a_row = min(state.skipped, MAX_SKIPPED - 1)
         self.logger.losses.extend(state.losses)
         self.step = self.saved_step = state.step
         self.logger.print(f"resumed from {folder}")
@@ -567,7 +569,7 @@ class Run:
             self.logger.print(f"resuming with another setting: {change}")
         for name in ("init_from", "init_sha256"):  # which stay true
             self.settings[name] = state.settings.get(name)
-        saved = {**self.settings, **state.settings}
+        saved = {**self.settings, **checkpoint.EARLIER_SETTINGS, **state.settings}
         last = self.config.max_steps - 1
         if any(saved[name] != self.settings[name] for name in SCHEDULE_SETTINGS):
             self.logger.print(
@@ -655,7 +657,7 @@ def attempt(run: Run, name: str, chore: Callable[[Run], None]) -> None:
         chore(run)
     except Exception as error:
         # Where the other ranks wait for this one's part, they would wait in vain.
-        if name == "hellaswag" and run.dist_info.world_size > 1:
+        if run.lost_folder or (name == "hellaswag" and run.dist_info.world_size > 1):
             raise
         run.logger.print(f"step {run.step:5d} | {name} is skipped: {first_line(error)}")
 
@@ -789,7 +791,8 @@ def training_loop(run: Run) -> Iterator[None]:
         run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
         # The optimizer skips the update on the device if this is 1, so the host need not read the
-        # norm. It is the norm of the averaged gradient: all ranks decide alike.
+        # norm. It is the norm of the averaged gradient: all ranks decide alike. In fp16 the scaler
+        # sets it, from the same gradients.
         run.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         lr = scheduled_lr(config, run.step)
         for group in run.optimizer.param_groups:
@@ -803,7 +806,7 @@ def training_loop(run: Run) -> Iterator[None]:
         # [loss, stop, norm, loss scale]
         logger.log_step(run.step, lr, torch.cat((stats, torch.stack((norm, loss_scale)))))
         run.step += 1
-        if logger.skipped_in_a_row == MAX_SKIPPED:
+        if logger.skipped_in_a_row >= MAX_SKIPPED:
             report_checkpoint(run, wait=True)
             good = next(iter(checkpoint.list_checkpoints(config.log_dir)), "none")  # the newest
             raise FloatingPointError(
@@ -958,9 +961,10 @@ def main(on_step: Callable[[Run], None] | None = None) -> None:
         try:
             train(config, dist_info, on_step)
         except torch.OutOfMemoryError as error:
-            half = max(1, config.micro_batch // 2)
+            half = config.micro_batch // 2
+            remedy = f"use {half}" if half else "use --recompute 1"
             raise MemoryError(
-                f"out of GPU memory at --micro-batch {config.micro_batch}; use {half}"
+                f"out of GPU memory at --micro-batch {config.micro_batch}; {remedy}"
             ) from error
         # Reached only after success: after an error NCCL would wait here for the other ranks.
         if dist.is_initialized():

@@ -44,7 +44,7 @@ class Options:
     """Transformer blocks: 12 is the 124M model, fewer a quick look."""
 
 
-def build(options: Options) -> tuple[GPT, torch.optim.AdamW, TrainingState]:
+def build(options: Options) -> tuple[GPT, torch.optim.Optimizer, TrainingState]:
     """A model, its optimizer after one step, and a state like the one that train.py saves."""
     model = GPT(GPTConfig(n_layers=options.layers)).to(options.device)
     optimizer = build_optimizer(model, weight_decay=0.1)
@@ -77,7 +77,7 @@ def plain_write(path: Path, size: int) -> float:
     return seconds
 
 
-def resume(log_dir: Path, optimizer: torch.optim.AdamW) -> tuple[float, float]:
+def resume(log_dir: Path, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
     """Seconds to verify the newest checkpoint, and to load it."""
     start = time.perf_counter()
     folder = checkpoint.latest_valid(log_dir)

@@ -171,7 +171,7 @@ def main() -> None:
 
     # One after the other with all cores, the recipes alternating: other jobs slow all of them.
     milliseconds: dict[str, list[float]] = {name: [] for name, _, _ in recipes}
-    for repetition in range(3 if options.timing_steps else 0):
+    for repetition in range(2 if options.timing_steps else 0):
         for name, folder, flags in recipes:
             timing = options.log_dir / "timing"
             job = Job(f"{folder}_{repetition}", seeds[0], flags)

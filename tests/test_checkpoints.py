@@ -197,7 +197,7 @@ TINY = GPTConfig(d_model=16, n_heads=2, n_layers=1, context_length=16, vocab_siz
 SCALER = torch.amp.GradScaler("cpu").state_dict()
 
 
-def stepped(config: GPTConfig = TINY) -> tuple[GPT, torch.optim.AdamW]:
+def stepped(config: GPTConfig = TINY) -> tuple[GPT, torch.optim.Optimizer]:
     """A model and its optimizer after one update."""
     model = GPT(config)
     optimizer = build_optimizer(model, weight_decay=0.1)
@@ -207,7 +207,7 @@ def stepped(config: GPTConfig = TINY) -> tuple[GPT, torch.optim.AdamW]:
     return model, optimizer
 
 
-def tiny_state(step: int, optimizer: torch.optim.AdamW) -> checkpoint.TrainingState:
+def tiny_state(step: int, optimizer: torch.optim.Optimizer) -> checkpoint.TrainingState:
     settings = {"data": [["a", 1]]}
     rng = torch.get_rng_state()
     return checkpoint.TrainingState(step, optimizer.state_dict(), rng, settings, 2.0, 0, [3.0])

@@ -3,8 +3,10 @@
 import common
 from common import Bounds, DistInfo, check_options, choose_device, read_json, read_rank
 
+import errno
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +175,19 @@ def test_a_lock_notices_that_its_folder_was_renamed(tmp_path: Path) -> None:
         lock.check()
     other.release()
     lock.release()
+
+
+def test_a_disk_that_does_not_answer_is_no_renamed_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = common.lock_folder(tmp_path / "log", flag="--log-dir")
+    monkeypatch.setattr(Path, "stat", Mock(side_effect=OSError(errno.EIO, "input/output error")))
+    lock.check()
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "log")
+    (tmp_path / "log").write_text("a file in its place")
+    with pytest.raises(OSError, match="replaced"):
+        lock.check()
 
 
 def test_only_a_second_process_is_told_that_another_run_is_writing(tmp_path: Path) -> None:
