@@ -75,7 +75,7 @@ class BenchConfig:
     batch_tokens: int | None = None
     """Tokens of a step in that table. Default: 524,288, on a CPU one micro-batch."""
     only: str = ""
-    """Measure only those of its rows whose name this regular expression finds."""
+    """Measure only rows whose name this regular expression finds, but for the table of ranks."""
     rounds: int = 3
     """Timed steps of each row."""
     ceiling: bool = True
@@ -265,7 +265,7 @@ def variants(bench: BenchConfig, base: TrainConfig, cuda: bool) -> tuple[str, li
         ]
     where = f"{B} x {T}, {batch_tokens:,} tokens a step"
     title = f"Variants: 124M, {where}, {config.dtype} where not said otherwise"
-    return title, [row for row in rows if re.search(bench.only, row.name)]
+    return title, rows
 
 
 def growth(base: TrainConfig, cuda: bool) -> Iterator[tuple[str, list[Variant]]]:
@@ -290,10 +290,10 @@ def recompute(base: TrainConfig, cuda: bool) -> Iterator[tuple[str, list[Variant
     for size, B in (("gpt2", 64 if cuda else 4), ("gpt2-large", 16 if cuda else 1)):
         config = shape(base, B, 512, size)
         rows = [
-            Variant(f"--recompute {share:g}", replace(config, recompute=share))
+            Variant(f"{size}, --recompute {share:g}", replace(config, recompute=share))
             for share in (0.0, 0.5, 1.0)
         ]
-        yield f"Activations computed again: {size}, {B} x 512", rows
+        yield f"Blocks computed again: {B} x 512", rows
 
 
 def ranks(data_dir: Path, cuda: bool) -> None:
@@ -352,12 +352,15 @@ def main() -> None:
         for table in bench.tables:
             if table == "variants":
                 title, rows = variants(bench, base, cuda)
+                rows = [row for row in rows if re.search(bench.only, row.name)]
                 show(title, measure(rows, bench.rounds, device), ceiling, peak)
             elif table in ("growth", "recompute"):
                 for title, rows in (growth if table == "growth" else recompute)(base, cuda):
                     # One at a time: together they would not fit into memory.
-                    alone = [row for v in rows for row in measure([v], bench.rounds, device)]
-                    show(title, alone, ceiling, peak)
+                    wanted = [row for row in rows if re.search(bench.only, row.name)]
+                    alone = [row for v in wanted for row in measure([v], bench.rounds, device)]
+                    if alone:
+                        show(title, alone, ceiling, peak)
             else:
                 ranks(folder, cuda)
 
