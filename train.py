@@ -962,9 +962,9 @@ def main(on_step: Callable[[Run], None] | None = None) -> None:
             train(config, dist_info, on_step)
         except torch.OutOfMemoryError as error:
             half = config.micro_batch // 2
-            remedy = f"use {half}" if half else "use --recompute 1"
+            smaller = half or "--recompute 1"
             raise MemoryError(
-                f"out of GPU memory at --micro-batch {config.micro_batch}; {remedy}"
+                f"out of GPU memory at --micro-batch {config.micro_batch}; use {smaller}"
             ) from error
         # Reached only after success: after an error NCCL would wait here for the other ranks.
         if dist.is_initialized():
