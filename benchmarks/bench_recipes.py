@@ -22,6 +22,8 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import exit_with_one_line
+
 from plot import RunLog, plot, read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -198,4 +200,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_line():
+        main()
