@@ -57,7 +57,10 @@ CHUNK_BYTES = 64 << 20
 WHOLE_DIGEST_BYTES = 1_000_000_000  # files below this are digested whole, in seconds
 DIGEST_PIECES = 1024  # of a larger one
 DIGEST_PIECE_BYTES = 64 << 10
-CHECK_PROCESSES = min(8, os.cpu_count() or 1)  # that read local Parquet files before any work
+# Processes that read local Parquet files before any work, and how much there is for each at least:
+# for less, starting it would take longer than its share of the reading.
+CHECK_PROCESSES = min(8, os.cpu_count() or 1)
+CHECK_BYTES = 128 << 20
 MAX_HEADER = 4096  # bytes of a shard's header; NumPy writes 128
 BLOCK_TOKENS = 1 << 20  # of a shard that is verified, in memory at once
 LOCK_SECONDS = 30.0  # to wait for another machine that is about to begin, which takes moments
@@ -211,42 +214,59 @@ def _old_digest(files: list[Path], root: Path) -> str:
 
 
 # A damaged or encrypted file can end the process that reads it with pyarrow, so another process
-# reads all of it first, by the same code. It prints a file's number before it, so that the last one
+# reads all of it first, as _parquet_footer and _read_parquet do. It imports nothing else, since
+# that would take longer than the reading. It prints a file's number before it, so that the last one
 # is the culprit.
 PARQUET_CHECK = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
-import dataset
+import pyarrow.parquet as pq
+text, batch_documents = sys.argv[1], int(sys.argv[2])
 paths = os.fsdecode(sys.stdin.buffer.read())
 for number, path in enumerate(paths.split("\\0")):
     print(number, flush=True)
     try:
-        for chunk in dataset._chunks_of_file(path):
-            for document in dataset.read_chunk(chunk):
-                pass
+        file = pq.ParquetFile(path, pre_buffer=True)
+        footer = file.metadata
+        column = [footer.schema.column(i).path for i in range(footer.num_columns)].index(text)
+        for i in range(footer.num_row_groups):
+            footer.row_group(i).column(column).total_uncompressed_size
+        file.schema_arrow
+        for batch in file.iter_batches(batch_documents, columns=[text]):
+            batch.column(0).to_pylist()
     except Exception:
-        pass  # this process can tell what is wrong, by an exception
+        pass  # the process that does the work can tell what is wrong, by an exception
 """
 
 
 def check_parquet(paths: list[str]) -> None:
     """Raise ValueError that names a local Parquet file whose reading would end this process."""
-    parts = [part for i in range(CHECK_PROCESSES) if (part := paths[i::CHECK_PROCESSES])]
+    if not paths:
+        return
+    size = sum(os.path.getsize(path) for path in paths)
+    count = min(CHECK_PROCESSES, len(paths), 1 + size // CHECK_BYTES)
+    parts = [paths[i::count] for i in range(count)]
     # -P: no module from the folder where the user happens to be.
-    command = [sys.executable, "-P", "-c", PARQUET_CHECK, str(Path(__file__).parent)]
+    command = [sys.executable, "-P", "-c", PARQUET_CHECK, COLUMN, str(BATCH_DOCUMENTS)]
 
     def start() -> subprocess.Popen[bytes]:
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        # NumPy's library starts a thread for each core, which takes longer than the rest of it.
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment
+        )
 
     def ask(process: subprocess.Popen[bytes], part: list[str]) -> bytes:
         return process.communicate(os.fsencode("\0".join(part)))[0]
 
     processes = [start() for _ in parts]
-    get_tokenizer()  # which takes a while too, and is needed next
-    with ThreadPoolExecutor(CHECK_PROCESSES) as pool:
+    with ThreadPoolExecutor(count) as pool:
         try:
             answers = pool.map(ask, processes, parts)
+            # What is needed next takes about as long as checking a few files.
+            get_tokenizer()
+            import pyarrow.parquet  # noqa: F401
+
             for process, part, answer in zip(processes, parts, answers, strict=True):
                 if process.returncode != 0 and answer.split():
                     raise ValueError(
