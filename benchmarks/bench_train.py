@@ -256,7 +256,10 @@ def variants(bench: BenchConfig, base: TrainConfig, cuda: bool) -> tuple[str, li
         bf16 = replace(config, dtype="bf16")
         fp32_eager = replace(eager, dtype="fp32")
         if config.dtype == "fp32":
-            rows += [Variant("ours, bf16", bf16)]
+            rows += [
+                Variant("ours, bf16", bf16),
+                Variant("nanoGPT-style, fp32, compiled", config, nanogpt),
+            ]
         rows += [
             Variant("nanoGPT-style, fp32, eager", fp32_eager, nanogpt),
             Variant("nanoGPT-style, bf16, compiled", bf16, nanogpt),
