@@ -568,6 +568,8 @@ def compare_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -
     for name, value in now.items():
         if name in IGNORED_SETTINGS or saved.get(name) == value:
             continue
+        if name == "init_from" and value is None:  # a resumed run does not need its source
+            continue
         # Of a damaged file it may be of any length.
         change = f"{name} was {' '.join(str(saved.get(name)).split())[:300]}, is now {value}"
         if name == "data":  # hundreds of names and sizes: no message could show them

@@ -59,6 +59,7 @@ Preset = Literal["gpt-xs", "quickstart", "finetune", "gpt2", "gpt2-medium", "gpt
 # Consecutive updates skipped before the run ends with an error; overflows in fp16 do not count.
 MAX_SKIPPED = 10
 CPU_COMPILE_STEPS = 200  # compiling takes a CPU about a minute: fewer steps do not recoup it
+FIRST_TRACED_STEP = 5  # with --profile, counted from 1: earlier ones compile and allocate
 # Those that determine the learning rate of a step.
 SCHEDULE_SETTINGS = ("schedule", "cooldown", "max_steps", "warmup_steps", "max_lr", "min_lr")
 # Ranks may differ in these: paths on their machines, and what rank 0 alone uses.
@@ -181,6 +182,11 @@ class TrainConfig:
             )
         if self.min_lr > self.max_lr:
             add(f"min_lr {self.min_lr} must be between 0 and max_lr {self.max_lr}")
+        if self.profile > 0 and self.max_steps < FIRST_TRACED_STEP:
+            add(
+                f"profile traces from step {FIRST_TRACED_STEP} on; max_steps {self.max_steps} ends"
+                " before it"
+            )
         if self.val_every and self.val_tokens < context:
             add(f"val_tokens {self.val_tokens} must be at least one window of {context} tokens")
         data = self.hellaswag_data
@@ -311,14 +317,16 @@ def compile_model(
 
 
 def start_profiler(path: Path, steps: int, logger: MetricsLogger) -> torch.profiler.profile:
-    """Trace ``steps`` steps from the fifth on: earlier ones compile and allocate."""
+    """Trace ``steps`` steps, beginning with FIRST_TRACED_STEP."""
 
     def write(profiler: torch.profiler.profile) -> None:
         profiler.export_chrome_trace(str(path))
         logger.print(f"profile: {path}; open it at https://ui.perfetto.dev")
 
     profiler = torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=3, warmup=1, active=steps, repeat=1),
+        schedule=torch.profiler.schedule(
+            wait=FIRST_TRACED_STEP - 2, warmup=1, active=steps, repeat=1
+        ),
         on_trace_ready=write,
     )
     profiler.start()
@@ -463,6 +471,8 @@ class Run:
         self.settings["data"] = fingerprint
         self.settings["init_sha256"] = None  # of the weights that the run has started from
         self.step = 0  # updates made so far
+        self.updating = False  # the weights are being changed, and are those of no step
+        self.ending = False  # there will be no further step
         self.saved_step: int | None = None  # the step of the newest checkpoint
         self.writer = checkpoint.Writer(config.log_dir, keep=config.keep_checkpoints)
         self.save_seconds = 0.0  # that training waited for the checkpoint that is being written
@@ -709,8 +719,7 @@ def report_checkpoint(run: Run, wait: bool = False) -> None:
 def report_unsaved(run: Run, error: OSError) -> None:
     """Report that a checkpoint could not be written; ``report_end`` repeats it of the last."""
     run.save_problem = str(error)
-    at_end = run.step >= run.config.max_steps or run.logger.stop_requested
-    run.logger.print(f"checkpoint not saved: {error}{'' if at_end else '; training continues'}")
+    run.logger.print(f"checkpoint not saved: {error}{'' if run.ending else '; training continues'}")
 
 
 def check_log_folder(run: Run) -> None:
@@ -746,10 +755,10 @@ def training_loop(run: Run) -> Iterator[None]:
         # ---- what is due before this step
         check_log_folder(run)
         report_checkpoint(run)
-        last = run.step >= config.max_steps or logger.stop_requested
+        run.ending = run.step >= config.max_steps or logger.stop_requested
         # The checkpoint first, so that no failure of the others can cost these steps. A run that is
         # resumed from it repeats the others.
-        if is_due(config.checkpoint_every) or (last and config.checkpoint_every > 0):
+        if is_due(config.checkpoint_every) or (run.ending and config.checkpoint_every > 0):
             save_checkpoint(run)
         if is_due(config.val_every):
             log_validation_loss(run)
@@ -757,7 +766,7 @@ def training_loop(run: Run) -> Iterator[None]:
             attempt(run, "hellaswag", log_hellaswag)
         if is_due(config.sample_every):
             attempt(run, "sample", log_sample)
-        if last:
+        if run.ending:
             break
         yield
 
@@ -797,15 +806,17 @@ def training_loop(run: Run) -> Iterator[None]:
         lr = scheduled_lr(config, run.step)
         for group in run.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+        run.updating = True
         run.scaler.step(run.optimizer)
         run.scaler.update()
+        run.step += 1
+        run.updating = False
         run.optimizer.zero_grad(set_to_none=True)
 
         # ---- log
         check_log_folder(run)  # again: a step may take seconds
         # [loss, stop, norm, loss scale]
-        logger.log_step(run.step, lr, torch.cat((stats, torch.stack((norm, loss_scale)))))
-        run.step += 1
+        logger.log_step(run.step - 1, lr, torch.cat((stats, torch.stack((norm, loss_scale)))))
         if logger.skipped_in_a_row >= MAX_SKIPPED:
             report_checkpoint(run, wait=True)
             good = next(iter(checkpoint.list_checkpoints(config.log_dir)), "none")  # the newest
@@ -887,12 +898,15 @@ def train(
     except BaseException as error:  # a missing shard, a dead rank, out of memory
         if run.lost_folder:
             raise
-        # Whatever of these has failed, the weights are those of the last complete update.
-        if isinstance(error, OSError | RuntimeError | ValueError) and config.checkpoint_every > 0:
+        # Unless the update itself has failed, the weights are those of the last complete one.
+        run.ending = True
+        can_save = isinstance(error, OSError | RuntimeError | ValueError) and not run.updating
+        if can_save and config.checkpoint_every > 0:
             save_checkpoint(run)
         report_checkpoint(run, wait=True)  # the process may end without Python's own clean-up
-        # gloo raises a plain RuntimeError when a rank has died.
-        if isinstance(error, dist.DistBackendError) or "gloo" in str(error):
+        # When a rank has died, gloo raises a plain RuntimeError that names its source file.
+        died = isinstance(error, dist.DistBackendError)
+        if died or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
             raise ConnectionError(
                 f"another rank has failed after step {run.step}: see its message, then resume with"
                 f" the same command and --resume ({first_line(error)})"

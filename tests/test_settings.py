@@ -51,6 +51,7 @@ import train
         ("--batch-tokens 1180591620717411303424", "batch_tokens 1180591620717411303424"),
         ("--seed 18446744073709551616", "seed 18446744073709551616"),
         ("--profile 1000000000", "profile 1000000000"),
+        ("--profile 2 --max-steps 4 --warmup-steps 1", "profile traces from step 5 on"),
         ("--keep-checkpoints -1", "keep_checkpoints -1"),
         ("--preset quick", "invalid choice 'quick'"),
         ("--preset", "--preset"),
