@@ -202,8 +202,8 @@ def report_loss(config: EvalConfig, model: GPT, device: torch.device, dtype: tor
     loss = validation_loss(model, dataset, windows * T, config.micro_batch, device, dtype=dtype)
     n_bytes = count_bytes(dataset, windows)
     perplexity = math.exp(loss) if loss < 700 else math.inf  # 700: what a float can hold
-    # Unlike the loss a token, it can be compared with models that have another tokenizer. Targets
-    # that are all <|endoftext|> have no text.
+    # Unlike the loss per token, it can be compared across tokenizers. Targets that are all
+    # <|endoftext|> have no text.
     bits_per_byte = loss / math.log(2) * windows * T / n_bytes if n_bytes else math.nan
     if config.json:
         result = {
@@ -287,7 +287,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises ValueError where torch has no usable kernel for the product.
     """
     if weight.device.type != "cpu":
-        # torch 2.13's CUDA kernel is one thread for an output, which reads its whole row alone.
+        # torch 2.13's CUDA kernel has one thread for each output, which reads a whole row alone.
         raise ValueError(f"quantize int8 is for cpu only, not {weight.device}; leave it out")
     if weight.size(1) % 32 != 0:  # the kernel would read beyond the end of a row
         raise ValueError(f"quantize int8: d_model {weight.size(1)} must be a multiple of 32")
@@ -298,7 +298,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scales[:, None].float()).round_().to(torch.int8), scales
 
 
-# Without cuDNN, which builds a plan for each new shape, about 0.4 s each: prompts have any length.
+# cuDNN is left out: it builds a plan for each new shape, about 0.4 s each, and prompts have any
+# length.
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def decode(
     model: GPT, cache: Tensor, idx: Tensor, positions: Tensor, end: int | None = None
@@ -307,11 +308,11 @@ def decode(
 
     ``idx`` is a single token (T = 1) or a whole prompt that starts at position 0. Its keys and
     values are written to ``positions`` (T,) of the cache (n_layers, 2, B, H, places, D), which must
-    already hold those of all earlier tokens. ``end`` is its last position plus one: only these
-    places are read. Without it the whole cache is read and later places are masked out, so that
-    shapes never change, as a CUDA graph requires.
+    already hold those of all earlier tokens. ``end`` is the last of ``positions`` plus one: only
+    these places are read. Without it the whole cache is read and later places are masked out, so
+    that shapes never change, as a CUDA graph requires.
     """
-    # It must mirror GPT.hidden_states, Block.forward and CausalSelfAttention.forward, which know no
+    # It must mirror GPT.hidden_states, Block.forward and CausalSelfAttention.forward, which have no
     # cache; tests/test_sampling.py compares the logits. The layers are the model's own modules:
     # a loop over plain functions only would be 2-4% faster (124M, batch 1, CPU).
     mask = None
@@ -345,12 +346,18 @@ def capture_cuda_graph(step: Callable[..., Tensor], *inputs: Tensor) -> Callable
     """
     # A graph reads and writes fixed addresses, so each call copies its inputs to these.
     fixed_inputs = [x.clone() for x in inputs]
-    # Kernels must not be loaded during the capture. To run the step twice is harmless: it writes
-    # the same to the same places of the cache.
+    # Kernels must not be loaded during the capture. Running the step twice is harmless: it writes
+    # the same values to the same places of the cache.
     step(*fixed_inputs)
     graph = torch.cuda.CUDAGraph()
-    # Other threads, such as the loader's or NCCL's, may use the device meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # By default all captures of a process use one stream, of the GPU of the first of them.
+    stream = torch.cuda.Stream(fixed_inputs[0].device)
+    # The outer block leaves the stream even when the capture fails. Other threads, such as the
+    # loader's or NCCL's, may use the device meanwhile.
+    with (
+        torch.cuda.stream(stream),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
         output = step(*fixed_inputs)
 
     def replay(*inputs: Tensor) -> Tensor:
@@ -376,8 +383,8 @@ def sample_next_token(
     if options.temperature == 0:
         return logits.argmax(dim=-1)
     V = logits.size(1)
-    # A random number for each token, not for each rank: if rounding swaps two tokens of nearly
-    # equal logits, each keeps its number and the draw stays the same.
+    # A random number for each token, not for each place in the order: if rounding swaps two tokens
+    # of nearly equal logits, each keeps its number and the draw stays the same.
     uniform = torch.stack([torch.rand(V, device=logits.device, generator=g) for g in generators])
     ids = torch.arange(V, device=logits.device).expand_as(logits)  # the token of each column
     if options.top_k is not None or options.top_p is not None:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,6 +234,9 @@ class MetricsLogger:
     flops_per_step: int
     peak_flops: float | None  # of all devices together, per second; None: no MFU is reported
 
+    # Called while a step's numbers are awaited; it may raise to end the wait.
+    on_wait: Callable[[], None] | None = None
+
     # What the training loop reads. Checkpoints keep all but the first.
     stop_requested: bool = False  # by any rank, in a step whose numbers have been read
     best_val: float = math.inf
@@ -326,6 +329,8 @@ class MetricsLogger:
             step, lr, stats, arrived = self.pending.popleft()
             # Not synchronize(): until it returned, a signal's handler could not run.
             while arrived is not None and not arrived.query():
+                if self.on_wait is not None:
+                    self.on_wait()
                 time.sleep(0.0005)
             loss, stop, norm, loss_scale = stats.tolist()
             self.stop_requested = self.stop_requested or stop > 0

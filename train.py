@@ -58,6 +58,8 @@ Preset = Literal["gpt-xs", "quickstart", "finetune", "gpt2", "gpt2-medium", "gpt
 
 # Consecutive updates skipped before the run ends with an error; overflows in fp16 do not count.
 MAX_SKIPPED = 10
+# Of several ranks, when one may be gone: torchrun kills the others 30 s after its SIGTERM.
+HANG_SECONDS = 20.0
 CPU_COMPILE_STEPS = 200  # compiling takes a CPU about a minute: fewer steps do not recoup it
 FIRST_TRACED_STEP = 5  # with --profile, counted from 1: earlier ones compile and allocate
 # Those that determine the learning rate of a step.
@@ -305,12 +307,16 @@ def compile_model(
     model: torch.nn.Module, device: torch.device, dtype: torch.dtype
 ) -> torch.nn.Module:
     """The model, or its DDP wrapper, compiled for static shapes."""
+    from torch._inductor import config as inductor  # takes a second
+
     # A budget below 1 computes norms and GELU again in the backward pass instead of keeping them.
     # In fp32 on a CPU that is little beside the matrix products, and saves a tenth of the memory.
     # Where bf16 makes the products fast it costs a tenth of the speed (305 against 335 tokens/s at
     # 124M with avx512_bf16), and on a GPU these operations wait for memory.
     cheap = device.type == "cpu" and dtype == torch.float32
     torch._functorch.config.activation_memory_budget = 0.95 if cheap else 1.0
+    # Otherwise Inductor chooses between kernels by their time, and they add in different orders.
+    inductor.deterministic = torch.are_deterministic_algorithms_enabled()
     # Compiling the DDP wrapper, not the module in it, splits the graph at its buckets, so that the
     # all-reduce of the last layers' gradients overlaps the backward pass of the first.
     return torch.compile(model, dynamic=False)  # type: ignore[return-value]  # typed as a callable
@@ -473,6 +479,8 @@ class Run:
         self.step = 0  # updates made so far
         self.updating = False  # the weights are being changed, and are those of no step
         self.ending = False  # there will be no further step
+        self.failed = False  # because of an error
+        self.wait_limit: float | None = None  # see limit_wait
         self.saved_step: int | None = None  # the step of the newest checkpoint
         self.writer = checkpoint.Writer(config.log_dir, keep=config.keep_checkpoints)
         self.save_seconds = 0.0  # that training waited for the checkpoint that is being written
@@ -539,6 +547,23 @@ class Run:
         )
         # Installed last: until now nothing is lost if a signal ends the process at once.
         self.stop_signal = checkpoint.StopSignal()
+        if world_size > 1:
+            self.logger.on_wait = self.limit_wait
+
+    def limit_wait(self) -> None:
+        """Raise DistBackendError when the process has to end and waits for a step in vain.
+
+        Where a rank has died, NCCL waits ten minutes for its part of the step. torchrun sends the
+        other ranks a SIGTERM, and would kill them after 30 s.
+        """
+        if not self.failed and not self.stop_signal.name:
+            return
+        now = time.monotonic()
+        if self.wait_limit is None:
+            self.wait_limit = now + HANG_SECONDS
+        elif now > self.wait_limit:
+            self.updating = True  # on the device, or about to be: it cannot be saved
+            raise dist.DistBackendError(f"the step did not end within {HANG_SECONDS} s")
 
     def _initialize_from(self, source: str) -> None:
         """Replace the random weights by those of a checkpoint or a hub's model."""
@@ -589,7 +614,7 @@ class Run:
             )
         # In place: the optimizer already refers to these parameters.
         checkpoint.load_model(self.model, folder)
-        checkpoint.load_optimizer(self.optimizer, state.optimizer)
+        checkpoint.load_optimizer(self.optimizer, state.optimizer, folder)
         if state.scaler:
             self.scaler.load_state_dict(state.scaler)
         return state
@@ -830,6 +855,7 @@ def training_loop(run: Run) -> Iterator[None]:
             gc.freeze()
 
     run.loader.close()
+    logger.flush()
     check_log_folder(run)
     report_checkpoint(run, wait=True)
     logger.close()
@@ -899,10 +925,13 @@ def train(
         if run.lost_folder:
             raise
         # Unless the update itself has failed, the weights are those of the last complete one.
-        run.ending = True
+        run.ending = run.failed = True
         can_save = isinstance(error, OSError | RuntimeError | ValueError) and not run.updating
         if can_save and config.checkpoint_every > 0:
-            save_checkpoint(run)
+            try:
+                save_checkpoint(run)
+            except RuntimeError as unsaved:  # a GPU that has failed, or waits for a dead rank
+                run.logger.print(f"checkpoint not saved: {first_line(unsaved)}")
         report_checkpoint(run, wait=True)  # the process may end without Python's own clean-up
         # When a rank has died, gloo raises a plain RuntimeError that names its source file.
         died = isinstance(error, dist.DistBackendError)

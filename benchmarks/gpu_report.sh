@@ -27,7 +27,8 @@ trap 'rm -rf "$work"' EXIT
 
 if [[ $device == cpu ]]; then
   patience=4 # a CPU may be busy
-  bench=(--micro-batch 1 --rounds 1 --no-ceiling --only '^ours, not compiled$')
+  bench=(--micro-batch 1 --rounds 1 --no-ceiling)
+  declare -A rows=([32]='^ours, not compiled$')
   contexts=(32)
   hellaswag_rows=20
   sampling=(--dtype fp32 --new-tokens 3 --rounds 1 --no-hugging-face --no-uncached)
@@ -35,8 +36,13 @@ if [[ $device == cpu ]]; then
     --checkpoint-every 4 --sample-every 8)
 else
   patience=1
-  # Rows that are compiled take the compiler a minute each.
-  bench=(--rounds 5 --only '^ours$|loss rows|^ours, not compiled|^nanoGPT|^Hugging Face$')
+  bench=(--rounds 5)
+  # Rows that are compiled take the compiler up to a minute each. By default the loss has 4096 rows
+  # in the first context and 8192 in the second.
+  declare -A rows=(
+    [512]='^ours$|8192 loss rows|^ours, not compiled|^nanoGPT|^Hugging Face$'
+    [1024]='^ours$|4096 loss rows|^nanoGPT'
+  )
   contexts=(512 1024)
   hellaswag_rows=10042
   sampling=(--dtype bf16)
@@ -162,7 +168,7 @@ for row in rows:
         print(json.dumps({key: value for key, value in row.items() if key != "time"}))
 PYTHON
 
-export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 GPT_XS_TEST_DEVICE=$device
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 GPT_XS_TEST_DEVICE=$device
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
 {
   echo "# GPT-xs on ${device}"
@@ -174,7 +180,7 @@ part "Machine" 60 "$python" "$work/machine.py" "$device"
 if [[ $device != cpu ]]; then
   part "Driver" 30 nvidia-smi
 fi
-part "Test suite" 300 "$python" -m pytest -n 0 -rA --durations=0 tests/test_gpu.py
+part "Test suite" 300 "$python" -m pytest -n 0 -v -rA --durations=0 tests/test_gpu.py
 part "HellaSwag, ${hellaswag_rows} synthetic rows" 60 \
   "$python" "$work/hellaswag_passes.py" "$device" "$hellaswag_rows" "$work/rows.jsonl"
 part "Sampling" 60 \
@@ -185,8 +191,9 @@ part "A run with validation and checkpoints" 150 \
   "$python" train.py --device "$device" "${run[@]}" --data-dir "$work/data" --log-dir "$work/log"
 part "What this run has logged" 30 "$python" "$work/figures.py" "$work/log"
 for context in "${contexts[@]}"; do
-  part "Training step, context $context" 180 "$python" benchmarks/bench_train.py \
-    --device "$device" --tables variants --context-length "$context" "${bench[@]}"
+  part "Training step, context $context" 240 "$python" benchmarks/bench_train.py \
+    --device "$device" --tables variants --context-length "$context" --only "${rows[$context]}" \
+    "${bench[@]}"
 done
 
 {

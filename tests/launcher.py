@@ -229,7 +229,7 @@ def metrics(log: Path, *kinds: str) -> dict[tuple[str, int], dict[str, Any]]:
         except ValueError:  # half a line, of a process that was killed or is still writing
             continue
         if line["kind"] in kinds:
-            for key in ("time", "ms", "tokens_per_s", "memory_gb", "seconds"):
+            for key in ("time", "ms", "tokens_per_s", "mfu", "memory_gb", "seconds"):
                 line.pop(key, None)
             lines[line["kind"], line["step"]] = line
     return lines

@@ -1,5 +1,6 @@
 """What ends a run: signals, a rank that dies, gradients that are not finite, shards that vanish."""
 
+import os
 import re
 import signal
 import time
@@ -84,6 +85,50 @@ def test_a_rank_that_dies_leaves_a_checkpoint_of_the_last_finished_step(folder: 
     assert saved_steps(folder / "log")[-1] == last
     (message,) = trainings[0].err.splitlines()
     assert message.startswith(f"train.py: another rank has failed after step {last}: ")
+
+
+class NeverArrives:
+    """Stands in for a CUDA event of a step in which a rank that has died had a part."""
+
+    def query(self) -> bool:
+        return False
+
+
+def lose_a_rank_of_nccl(run: Any) -> None:
+    """What the survivors of a rank meet under NCCL: torchrun's SIGTERM, and a step without end."""
+    import train
+
+    if run.step == 10:
+        train.HANG_SECONDS = 0.5
+        run.logger.pending.append((9, 0.0, torch.ones(4), NeverArrives()))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_step_that_a_dead_rank_leaves_hanging_ends_the_run_and_is_not_saved(folder: Path) -> None:
+    trainings = start(folder, ranks=2, on_step=lose_a_rank_of_nccl)
+    assert [training.wait() for training in trainings] == [1, 1]
+    assert trainings[0].err.startswith("train.py: another rank has failed")
+    assert saved_steps(folder / "log")[-1] == 7
+
+
+def lose_the_gpu(run: Any) -> None:
+    """After some errors every call of CUDA fails, also those that saving needs."""
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    if run.step == 8:  # the checkpoint of step 7 may not be complete yet
+        run.logger.flush = fail
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_gpu_that_has_failed_does_not_cost_the_checkpoint_before(folder: Path) -> None:
+    code, out, err = run(folder, on_step=lose_the_gpu)
+    assert code == 1
+    assert "an illegal memory access" in err
+    assert "checkpoint not saved: CUDA error: unspecified launch failure" in out
+    assert saved_steps(folder / "log")[-1] == 7
+    assert ("checkpoint", 7) in metrics(folder / "log", "checkpoint")
 
 
 def test_torchrun_stops_on_sigterm_within_its_grace_period(folder: Path) -> None:

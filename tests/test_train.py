@@ -141,6 +141,22 @@ def test_a_run_logs_every_step_and_learns(one_process: Path) -> None:
     assert start["versions"]["torch"] == torch.__version__
 
 
+def read_late(run: Any) -> None:
+    """Read a step's numbers one step later, as on a GPU."""
+
+    def log_step(step: int, lr: float, stats: torch.Tensor) -> None:
+        run.logger.pending.append((step, lr, stats, None))
+        run.logger.flush(keep=1)
+
+    run.logger.log_step = log_step
+
+
+def test_a_gpu_logs_the_last_step_of_a_run_in_which_nothing_else_is_due(folder: Path) -> None:
+    nothing = ("--val-every", "0", "--sample-every", "0", "--checkpoint-every", "0")
+    run_well(folder, *nothing, on_step=read_late)
+    assert len(metrics(folder / "log", "train")) == 40
+
+
 def test_a_run_leaves_checkpoints_a_picture_and_a_report(one_process: Path) -> None:
     names = {path.name for path in one_process.iterdir()}
     assert {"step_000014", "step_000020", "plot.png", "report.md"} <= names
