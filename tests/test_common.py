@@ -6,6 +6,8 @@ from common import Bounds, DistInfo, check_options, choose_device, read_json, re
 import errno
 import importlib
 import os
+import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -281,3 +283,23 @@ def test_ctrl_c_during_the_imports_is_one_line(script: str) -> None:
         rest = process.stderr.read()
     lines = [line for line in rest.splitlines() if not line.startswith("import time:")]
     assert (process.returncode, lines) == (130, [f"{script}: interrupted"])
+
+
+COUNT_PAGES = """
+import resource
+import torch
+import common
+
+common.choose_device("cpu")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.zeros(2**24) + 1  # two tensors of 64 MiB, freed at once
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_on_a_cpu_the_system_need_not_clear_memory_for_each_step() -> None:
+    command = [sys.executable, "-c", COUNT_PAGES]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 15 * 2**26 / resource.getpagesize()  # of 40 tensors

@@ -145,6 +145,48 @@ def test_shards_are_the_concatenated_documents_cut_at_multiples_of_their_size(
             assert index.documents == len(documents)
             assert index.skipped == sum(map(len, files)) - len(documents)
         assert not sizes or verify(out) == []
+        before = contents(out)
+        prepare(config)
+        assert contents(out) == before
+
+
+def test_the_index_of_a_limited_run_stays_when_the_command_is_repeated(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", ["hello world", None] * 2)
+    config = dataclasses.replace(config_for(source, tmp_path / "out", shard_size=3), max_tokens=3)
+    prepare(config)
+    before = contents(tmp_path / "out")
+    prepare(config)
+    assert contents(tmp_path / "out") == before
+
+
+def test_an_index_that_has_to_be_continued_has_no_totals(prepared: DatasetConfig) -> None:
+    before = contents(prepared.data_dir)
+    shard_paths(prepared.data_dir)[-1].unlink()
+    with fail_after(1), pytest.raises(OSError, match="No space"):
+        prepare(prepared)
+    index = json.loads((prepared.data_dir / "index.json").read_text())
+    assert index.keys().isdisjoint({"tokens", "documents", "skipped"})
+    prepare(prepared)
+    assert contents(prepared.data_dir) == before
+
+
+def test_a_machine_never_writes_over_the_shards_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "first_number", lambda rank, world_size: 2 * rank)
+    source = write(tmp_path / "a.jsonl", ["hello world"] * 3)
+    with pytest.raises(ValueError, match=r"no more shard numbers.*--shard-size"):
+        prepare(config_for(source, tmp_path / "out", shard_size=3))
+    assert len(shard_paths(tmp_path / "out")) == 2
+
+
+def test_a_link_to_a_folder_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write(source / "a.jsonl", TEXTS)
+    (source / "more").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="more is a link to a folder"):
+        prepare(config_for(source, tmp_path / "out"))
 
 
 def test_files_of_all_kinds_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
