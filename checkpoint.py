@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +37,7 @@ STATE_FILE = "training_state.pt"
 CHECKSUMS_FILE = "checksums.json"
 # A resumed run must not change these: they determine the model and which tokens each step sees.
 FIXED_SETTINGS = ("model", "batch_tokens", "seed", "shuffle", "data", "optimizer")
-# What runs did before there were these settings, which their checkpoints do not mention.
+# Older versions lacked these settings: their runs behaved as if they had these values.
 EARLIER_SETTINGS = {
     "optimizer": "adamw",
     "muon_lr_scale": 3.0,
@@ -45,7 +46,8 @@ EARLIER_SETTINGS = {
     "recompute": 0.0,
     "init_from": None,
 }
-# These say how the process was started, not what it computes.
+# Not compared: how the process was started, and the digest of the initial weights, which a resumed
+# run takes from its checkpoint.
 IGNORED_SETTINGS = ("resume", "log_dir", "init_sha256")
 
 
@@ -90,17 +92,18 @@ class TrainingState:
             torch.Generator().set_state(result.rng)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{first_line(error)} - at `$.rng`") from None
-        # The numbers of torch's GradScaler, of which only that of steps since a change may be 0.
-        known = torch.amp.GradScaler("cpu").state_dict() if result.scaler else {}
-        types = {name: type(value) for name, value in result.scaler.items()}
-        positive = [value for name, value in result.scaler.items() if name != "_growth_tracker"]
-        if types != {name: type(value) for name, value in known.items()} or not all(
-            0 < value < 1e38 for value in positive
-        ):
-            raise ValueError("not the state of a loss scaler - at `$.scaler`")
+        if result.scaler:
+            types = {name: type(value) for name, value in result.scaler.items()}
+            known = torch.amp.GradScaler("cpu").state_dict()
+            # All are positive but the count of steps since the scale has changed, which may be 0.
+            positive = [value for name, value in result.scaler.items() if name != "_growth_tracker"]
+            if types != {name: type(value) for name, value in known.items()} or not all(
+                0 < value < 1e38 for value in positive
+            ):
+                raise ValueError("not the state of a loss scaler - at `$.scaler`")
         if not {"state", "param_groups"} <= set(result.optimizer):
             raise ValueError("not an optimizer's state - at `$.optimizer`")
-        # An optimizer without its moments would take other steps, without a word.
+        # An optimizer without its moments would silently take different steps.
         if result.step > 0 and not result.optimizer["state"]:
             raise ValueError("empty although updates were made - at `$.optimizer.state`")
         return result
@@ -113,7 +116,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.name = ""  # of the signal that was received
+        self.name = ""  # of the newest signal; empty until there is one
         for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows lacks the last two
             # nohup has SIGHUP ignored, so that a run survives the end of its terminal.
@@ -132,8 +135,9 @@ class StopSignal:
 
 def list_checkpoints(log_dir: Path) -> list[Path]:
     """The checkpoints in a log folder, newest first."""
-    found = [path for path in log_dir.glob("step_*") if _step_of_name(path) is not None]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+    steps = {path: _step_of_name(path) for path in log_dir.glob("step_*")}
+    found = [(step, path) for path, step in steps.items() if step is not None]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def find_checkpoint(source: str | Path, check: bool = False) -> str | Path:
@@ -141,10 +145,15 @@ def find_checkpoint(source: str | Path, check: bool = False) -> str | Path:
 
     Of a log folder that is its newest checkpoint, with ``check`` the newest whose model is not
     damaged; everything else is returned as it is. Raises FileNotFoundError for a folder that holds
-    no model, and ValueError when all checkpoints are damaged.
+    no model, and with ``check`` ValueError when a checkpoint, or all of a log folder, is damaged.
     """
     folder = Path(source)
-    if not folder.is_dir() or (folder / "config.json").is_file():
+    if (folder / "config.json").is_file():
+        damage = verify(folder, model_only=True) if check else None
+        if damage is not None:
+            raise ValueError(f"{source}: damaged ({damage}); evaluations read it with --no-verify")
+        return source
+    if not folder.is_dir():  # a hub id
         return source
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
@@ -165,13 +174,7 @@ def find_model(source: str, check: bool) -> Path:
     With ``check`` its files are compared with checksums.json, where there is one. Raises
     ValueError when they are damaged, FileNotFoundError when there is no model.
     """
-    found = find_checkpoint(source, check)
-    # Without config.json there is nothing to read, which from_pretrained says better.
-    if check and found == source and (Path(found) / "config.json").is_file():
-        damage = verify(Path(found), model_only=True)
-        if damage is not None:
-            raise ValueError(f"{found}: damaged ({damage}); evaluations read it with --no-verify")
-    return local_folder(found)
+    return local_folder(find_checkpoint(source, check))
 
 
 def open_checkpoint(source: str, check: bool) -> GPT:
@@ -210,7 +213,8 @@ def verify(folder: Path, model_only: bool = False) -> str | None:
     With ``model_only`` the training state is not read, and a folder without checksums is valid: it
     may be a copy of the model, or another program's.
     """
-    needed = {"model.safetensors", "config.json"}  # a shorter list would let them be missing
+    # A checksums.json that does not list these must not hide that they are missing.
+    needed = {"model.safetensors", "config.json"}
     if not model_only:
         needed.add(STATE_FILE)
     elif not (folder / CHECKSUMS_FILE).exists():
@@ -253,8 +257,7 @@ def _misnamed(folder: Path) -> str | None:
         step = _read_state(folder, mmap=True)["step"]
     except Exception:
         return None
-    name_step = _step_of_name(folder)
-    return f"it is of step {step}" if name_step is not None and step != name_step else None
+    return f"it is of step {step}" if step != _step_of_name(folder) else None
 
 
 def contains_run(log_dir: Path) -> bool:
@@ -273,7 +276,7 @@ class Saved:
     step: int
     folder: Path
     seconds: float
-    """Time that the thread took, with the deletion of old checkpoints."""
+    """Time that the thread took, including the deletion of old checkpoints."""
 
 
 class Writer:
@@ -298,7 +301,7 @@ class Writer:
         Raises OSError when the run cannot be copied.
         """
         if self._pending is not None:
-            raise RuntimeError("the checkpoint before is still being written")
+            raise RuntimeError("the previous checkpoint is still being written")
         try:
             weights = self._copy("model", model.transformer.state_dict())
             optimizer = self._copy("optimizer", state.optimizer)
@@ -365,7 +368,8 @@ def save(log_dir: Path, model: GPT, state: TrainingState, keep: int) -> Path:
     """
     final = log_dir / f"step_{state.step:06d}"
     partial = log_dir / f".partial_{final.name}"
-    # Neither could be read again, and old checkpoints are deleted for a new one.
+    # Loading would refuse a weight or moment that is not finite, and saving it could cost an older
+    # checkpoint that is good.
     tensors = {"model": dict(model.named_parameters()), "optimizer": state.optimizer}
     for name, tensor in _tensors(tensors):
         if not is_finite(tensor):
@@ -384,6 +388,7 @@ def save(log_dir: Path, model: GPT, state: TrainingState, keep: int) -> Path:
     except Exception as error:  # torch and safetensors report a full disk with their own classes
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{final} could not be written: {error}") from error
+    shutil.rmtree(log_dir / f".partial_old_{final.name}", ignore_errors=True)
     if keep:
         _prune(log_dir, newest=final, keep=keep)
     return final
@@ -432,9 +437,10 @@ def _prune(log_dir: Path, newest: Path, keep: int) -> None:
     """
     checkpoints = list_checkpoints(log_dir)
     for old in checkpoints[checkpoints.index(newest) + keep :]:
-        # Under its new name a folder that is half deleted is not taken for a checkpoint.
-        doomed = old.rename(log_dir / f".partial_{old.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
+        with suppress(OSError):  # the new checkpoint is complete, whatever becomes of this one
+            # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
+            doomed = old.rename(log_dir / f".partial_{old.name}")
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _checksum(path: Path) -> list[int]:
@@ -463,6 +469,8 @@ def load_state(folder: Path) -> TrainingState:
     try:
         require_regular_file(path)
         content = _read_state(folder)
+    except MemoryError:
+        raise  # says nothing about the file
     except Exception as error:  # torch's own message recommends weights_only=False
         raise ValueError(
             f"{path}: not a training state, or one that would run code when loaded; {remedy}"
@@ -472,14 +480,16 @@ def load_state(folder: Path) -> TrainingState:
     except ValueError as error:
         raise ValueError(f"{path}: not a training state: {first_line(error)}; {remedy}") from None
     if _step_of_name(folder) not in (None, state.step):
-        raise ValueError(f"{path}: of step {state.step}, not of its folder's; {remedy}")
+        raise ValueError(
+            f"{path}: of step {state.step}, not of the one in its folder's name; {remedy}"
+        )
     return state
 
 
 def _read_state(folder: Path, mmap: bool = False) -> Any:
     """What the file of the training state holds, on the CPU."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # an error is one line, without torch's warnings before it
         # weights_only: a state is plain data, and a pickle in its place must not run code.
         return torch.load(
             str(folder / STATE_FILE), map_location="cpu", weights_only=True, mmap=mmap
@@ -520,9 +530,10 @@ def load_optimizer(
     ):
         raise ValueError(f"{path}: the optimizer's groups are not those of this model")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    # A state that is empty is one before the first update.
+    # Before the first update the state is empty.
     if not isinstance(states, dict) or (states and set(states) != set(range(len(parameters)))):
         raise ValueError(f"{path}: the optimizer's state is not that of this model")
+    # Muon's groups are those without betas.
     muon = {i for group in own["param_groups"] if "betas" not in group for i in group["params"]}
     for index in states:
         names = {"momentum_buffer"} if index in muon else {"step", "exp_avg", "exp_avg_sq"}
@@ -570,7 +581,7 @@ def compare_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -
             continue
         if name == "init_from" and value is None:  # a resumed run does not need its source
             continue
-        # Of a damaged file it may be of any length.
+        # A damaged file may hold a value of any length.
         change = f"{name} was {' '.join(str(saved.get(name)).split())[:300]}, is now {value}"
         if name == "data":  # hundreds of names and sizes: no message could show them
             difference = _data_difference(saved.get(name), value)

@@ -78,8 +78,8 @@ BESIDE = {"grad_norm": "lr", "mfu": "tokens_per_s"}
 FIGURE_INCHES = (7.2, 5.6)
 STYLE = {"font.size": 8, "legend.fontsize": 7, "legend.frameon": False, "axes.linewidth": 0.6}
 # Okabe and Ito's colours, which the colour-blind can distinguish, without the yellow. Dashes and
-# markers distinguish the runs where the page is printed in black. Five of one and seven of the
-# others make 35 that differ.
+# markers distinguish the runs where the page is printed in black. 5 dashes and 7 of the others have
+# no common factor, so 35 runs differ.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (9, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -114,11 +114,6 @@ class PlotConfig:
     """Draw again every 10 seconds while training runs, until Ctrl-C."""
     show: bool = False
     """Open a window as well."""
-
-    def validate(self) -> None:
-        """Raise ValueError naming the options that are out of range."""
-        if problems := check_options(self):
-            raise ValueError("; ".join(problems))
 
 
 # ---- reading a log -------------------------------------------------------------------------------
@@ -158,13 +153,9 @@ class RunLog:
 
 def as_numbers(values: Iterable[Any]) -> np.ndarray:
     """Values of a log as (n,) float64; NaN for what is not a number, or too large to be one."""
-    numbers = [value if type(value) in (int, float) else math.nan for value in values]
-    try:
-        array = np.array(numbers, dtype=np.float64)
-    except OverflowError:  # JSON's integers may have any number of digits
-        array = np.array([v if abs(v) < MAX_FLOAT32 else math.nan for v in numbers], np.float64)
-    array[np.abs(array) > MAX_FLOAT32] = np.nan
-    return array
+    # Compared before they become floats: JSON's integers may have any number of digits.
+    numbers = [v if type(v) in (int, float) and abs(v) <= MAX_FLOAT32 else math.nan for v in values]
+    return np.array(numbers, dtype=np.float64)
 
 
 def parse_line(line: str) -> Row | None:
@@ -211,7 +202,7 @@ def read_metrics(path: Path | str, name: str | None = None) -> RunLog:
         run.config = {"batch_tokens": 524_288}
         run.dataset = FINEWEB_EDU
 
-    # A process that is killed may leave half a line, or half of a character in UTF-8.
+    # A process that is killed may leave half a line, or an incomplete character in UTF-8.
     with file.open(encoding="utf-8", errors="replace") as log:
         lines = iter(lambda: log.readline(MAX_LINE), "")
         parsed = [parse_line(line) for line in lines if line.strip()]
@@ -273,7 +264,7 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
 def moving_sum(values: np.ndarray, window: int) -> np.ndarray:
     """Centred sums over (n,) values, in n log(window) additions.
 
-    Unlike differences of cumulative sums they lose nothing beside one value that is very large.
+    Unlike in differences of cumulative sums, one very large value costs the others no precision.
     """
     # terms[i] is the sum of the ``size`` values from i on. The window is put together from the
     # powers of two of which it is the sum.
@@ -296,7 +287,7 @@ def standard_error(accuracy: np.ndarray, n: np.ndarray) -> np.ndarray:
         return np.sqrt(accuracy * (1 - accuracy) / n)
 
 
-def draw_published(ax: Axes, value: float, name: str, dashes: str) -> None:
+def draw_reference(ax: Axes, value: float, name: str, dashes: str) -> None:
     """A horizontal line behind those of the runs, with its name in the right margin."""
     label = f"{name}\n{value}"
     ax.axhline(value, color="0.35", linewidth=0.9, linestyle=dashes, zorder=1, label=label)
@@ -318,8 +309,10 @@ def add_panels(figure: Figure, runs: list[RunLog]) -> dict[str, Any]:
         for key, (kinds, _) in PANELS.items()
         if any(np.isfinite(run.series(kind, key)[1]).any() for run in runs for kind in kinds)
     ]
-    pairs = [(BESIDE[key], key) for key in logged if BESIDE.get(key) in logged and len(runs) == 1]
-    panels = [key for key in logged if key not in dict(pairs).values()] or ["loss"]
+    beside: dict[str, str] = {}  # the panel's key by that of the axis at its right
+    if len(runs) == 1:
+        beside = {key: BESIDE[key] for key in logged if BESIDE.get(key) in logged}
+    panels = [key for key in logged if key not in beside] or ["loss"]
     columns = 1 if len(panels) <= 2 else 2
     # The first of an odd number is as wide as the page.
     cells = [panels[0]] * (len(panels) % columns) + panels
@@ -328,7 +321,7 @@ def add_panels(figure: Figure, runs: list[RunLog]) -> dict[str, Any]:
     axes: dict[str, Any] = figure.subplot_mosaic(mosaic, sharex=True)
     for key, ax in axes.items():
         ax.set_ylabel(PANELS[key][1])
-    for left, right in pairs:
+    for right, left in beside.items():
         axes[right] = axes[left].twinx()
         axes[right].set_label(right)
         for key, color, width in ((left, COLORS[0], "thick"), (right, COLORS[1], "thin")):
@@ -337,10 +330,10 @@ def add_panels(figure: Figure, runs: list[RunLog]) -> dict[str, Any]:
     return axes
 
 
-def add_legends(figure: Figure, runs: list[RunLog], examples: list[Any], loss: Any) -> None:
+def add_legends(figure: Figure, runs: list[RunLog], handles: list[Any], loss: Any) -> None:
     """Below the panels what the lines of the loss are; above, if several, which run is which."""
     lines = [line for line in loss.lines if np.isfinite(line.get_ydata()).any()] if loss else []
-    # Of each kind the first one counts.
+    # One line of each kind, the first: the others are overwritten, as they come before it here.
     kinds = {line.get_label().rpartition(": ")[2]: line for line in reversed(lines)}
     if "loss, smoothed" in kinds:
         kinds.pop("loss", None)  # of a run too short for an average, and drawn alike
@@ -349,12 +342,12 @@ def add_legends(figure: Figure, runs: list[RunLog], examples: list[Any], loss: A
     if len(runs) == 1:
         return
     for line in below.legend_handles:
-        line.set(color="0.35", linestyle="-", alpha=None)  # which is no run's
+        line.set(color="0.35", linestyle="-", alpha=None)  # this legend is of no run in particular
     names = [f"{r.name[:NAME_LENGTH]}..." if len(r.name) > NAME_LENGTH else r.name for r in runs]
     # A character is up to 5 points wide, and what stands around a name 35.
     ncols = int(72 * FIGURE_INCHES[0] / (35 + 5 * max(map(len, names))))
     numbers = [str(number) for number in range(len(runs))]
-    above = figure.legend(examples, numbers, loc="outside upper center", ncols=min(4, ncols))
+    above = figure.legend(handles, numbers, loc="outside upper center", ncols=min(4, ncols))
     for text, name in zip(above.get_texts(), names, strict=True):
         # Not as labels above: matplotlib skips those that begin with "_". Nor is "$" a formula.
         text.set_parse_math(False)
@@ -371,6 +364,8 @@ def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> No
 
     figure.set_layout_engine("constrained")
     axes = add_panels(figure, runs)
+    loss = axes.get("loss")
+    hellaswag = axes.get("acc_norm")
     if norm := axes.get("grad_norm"):
         # Before the lines: they may fix the range of an axis, and a linear one may begin below 0.
         norm.set_yscale("log")
@@ -380,10 +375,10 @@ def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> No
 
     # The raw values of several runs cover each other.
     raw_alpha = 0.3 / math.sqrt(len(runs))
-    examples = []  # a line of each run
+    handles = []  # of the legend, a line for each run
     for run, color, dashes, marker in zip(runs, cycle(COLORS), cycle(DASHES), cycle(MARKERS)):
         marks: dict[str, Any] = {"marker": marker, "ms": 3.2, "mfc": "white", "mew": 0.8}
-        examples.append(Line2D([], [], color=color, linestyle=dashes, **marks))
+        handles.append(Line2D([], [], color=color, linestyle=dashes, **marks))
         steps = len(run.rows["train"])
         window = steps // 50 if smooth is None else min(smooth, steps)
         for key, ax in axes.items():
@@ -394,8 +389,9 @@ def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> No
                 xs, ys = run.series(kind, key, x)
                 if kind != "train":
                     # Every marker of a long run would touch the next.
-                    marks["markevery"] = len(xs) // 25 + 1
-                    ax.plot(xs, ys, lw=THIN, label=f"{run.name}: {kind}", **marks)
+                    sparse = len(xs) // 25 + 1
+                    label = f"{run.name}: {kind}"
+                    ax.plot(xs, ys, lw=THIN, label=label, markevery=sparse, **marks)
                     continue
                 label = f"{run.name}: {key}"
                 # A schedule has no noise, but corners that an average would round.
@@ -404,14 +400,13 @@ def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> No
                     ys = moving_average(ys, window)
                     label += ", smoothed"
                 ax.plot(xs, ys, lw=THIN if key in BESIDE else THICK, label=label)
-        if hellaswag := axes.get("acc_norm"):
+        if hellaswag:
             # The standard error of a proportion. A log.txt does not record the number of examples
             # n: the error is then NaN, and not drawn.
             xs, acc = run.series("hellaswag", "acc_norm", x)
             error = standard_error(acc, run.series("hellaswag", "n", x)[1])
             hellaswag.fill_between(xs, acc - error, acc + error, alpha=raw_alpha / 2, lw=0)
-    loss = axes.get("loss")
-    add_legends(figure, runs, examples, loss)
+    add_legends(figure, runs, handles, loss)
 
     # A scale of tokens above the steps, if a step has as many tokens in all runs.
     batches = {run.config.get("batch_tokens") for run in runs}
@@ -437,16 +432,16 @@ def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> No
         losses = losses[np.isfinite(losses)]
         low, high = np.percentile(losses if len(losses) else [GPT2_VAL_LOSS], (0.1, 95))
         if any(run.dataset == FINEWEB_EDU for run in runs):
-            draw_published(loss, GPT2_VAL_LOSS, "GPT-2 124M,\nFineWeb-Edu,\nT=1024", dashes="-.")
+            draw_reference(loss, GPT2_VAL_LOSS, "GPT-2 124M,\nFineWeb-Edu,\nT=1024", dashes="-.")
             low = min(low, GPT2_VAL_LOSS)
             high = max(high, GPT2_VAL_LOSS)
         margin = 0.06 * (high - low) + 0.01
         loss.set_ylim(low - margin, high + margin)
     if hellaswag:
         # One of HellaSwag's four endings is the right one.
-        draw_published(hellaswag, 0.25, "chance", dashes=":")
-        draw_published(hellaswag, GPT2_SCORES["acc_norm"], "GPT-2\n124M", dashes="-.")
-        draw_published(hellaswag, GPT3_SCORES["acc_norm"], "GPT-3\n124M", dashes="--")
+        draw_reference(hellaswag, 0.25, "chance", dashes=":")
+        draw_reference(hellaswag, GPT2_SCORES["acc_norm"], "GPT-2\n124M", dashes="-.")
+        draw_reference(hellaswag, GPT3_SCORES["acc_norm"], "GPT-3\n124M", dashes="--")
 
 
 def plot(runs: list[RunLog], out: Path, x: XAxis = "steps", smooth: int | None = None) -> None:
@@ -458,7 +453,7 @@ def plot(runs: list[RunLog], out: Path, x: XAxis = "steps", smooth: int | None =
     # pyplot.figure() would keep every picture of --watch in memory.
     figure = Figure(FIGURE_INCHES)
     with style.context(STYLE), warnings.catch_warnings():
-        # Of a name in a script that the font does not have, or a panel without room.
+        # Matplotlib warns about characters that the font lacks, and panels without room.
         warnings.filterwarnings("ignore", category=UserWarning)
         draw(figure, runs, x, smooth)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -479,8 +474,10 @@ def plot_run(log_dir: Path | str) -> None:
 
     Raises what ``read_metrics`` does, and OSError when they cannot be written.
     """
-    plot([read_metrics(log_dir)], Path(log_dir) / "plot.png")
-    report(log_dir)
+    run = read_metrics(log_dir)
+    picture = Path(log_dir) / "plot.png"
+    plot([run], picture)
+    report(run, picture)
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -556,12 +553,10 @@ def speed_rows(run: RunLog) -> list[TableRow]:
         if np.isfinite(values).any():
             rows.append((what, format(statistic(values), form)))
 
-    seconds = {
-        KIND_NAMES.get(kind, kind): float(
-            np.nansum(as_numbers(r.get("seconds") for r in by.values()))
-        )
-        for kind, by in run.rows.items()
-    }
+    seconds: dict[str, float] = {}
+    for kind, rows_by_step in run.rows.items():
+        logged = as_numbers(row.get("seconds") for row in rows_by_step.values())
+        seconds[KIND_NAMES.get(kind, kind)] = float(np.nansum(logged))
     _, ms = run.series("train", "ms")
     if np.isfinite(ms).any():
         # What a process's first step takes beyond others is mostly the compiler's time. It has the
@@ -572,7 +567,7 @@ def speed_rows(run: RunLog) -> list[TableRow]:
         seconds["first steps beyond the median (compile)"] = extra
         seconds["training"] = float(np.nansum(ms)) / 1000 - extra
     parts = sum(seconds.values())
-    # By the machine's clock, which may stand still or be set back; the parts are not.
+    # The system's clock, unlike that of the parts, may be set back.
     total = max(run.hours * 3600, parts)
     seconds["other"] = total - parts
     rows.append(("time, all", f"{total:,.1f} s"))
@@ -583,15 +578,13 @@ def speed_rows(run: RunLog) -> list[TableRow]:
     return rows
 
 
-def report(run_dir: Path | str, picture: Path | None = None) -> Path:
-    """Write report.md beside ``picture``, by default the plot.png beside the run's log.
+def report(run: RunLog, picture: Path) -> Path:
+    """Write report.md beside the run's picture.
 
     Raises ValueError when the log has no "run" line, as a log.txt never has.
     """
-    run = read_metrics(run_dir)
     if run.start is None:
         raise ValueError(f"{run.path}: no line of kind run in it, so there is no report")
-    picture = picture or run.path.with_name("plot.png")
     # The line itself last: its device and dtype are what "auto" in the configuration has become.
     model = run.config.get("model", {})
     settings: dict[str, Any] = {**run.config, **model, **run.start.get("versions", {}), **run.start}
@@ -617,7 +610,7 @@ def report(run_dir: Path | str, picture: Path | None = None) -> Path:
         parts.append("    " + row.get("text", "").replace("\n", "\n    "))
     out = picture.with_name("report.md")
     with atomic_write(out) as file:
-        # JSON's strings may hold halves of characters, which UTF-8 has not.
+        # JSON's strings may hold lone surrogates, which UTF-8 cannot encode.
         file.write(("\n\n".join(parts) + "\n").encode(errors="replace"))
     return out
 
@@ -641,10 +634,12 @@ def read_runs(arguments: tuple[str, ...]) -> list[RunLog]:
 def choose_picture(config: PlotConfig, runs: list[RunLog]) -> Path:
     """The file of the picture. Raises ValueError when it cannot be written or is an input."""
     out = config.out or runs[0].path.with_name("plot.png" if len(runs) == 1 else "overlay.png")
+    suffixes = (".png", ".svg", ".pdf")
     if config.format is not None and out.name:
-        out = out.with_suffix(f".{config.format}")
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--out {out} must end in .png, .svg or .pdf, or give a --format")
+        name = out.stem if out.suffix in suffixes else out.name  # which may contain dots
+        out = out.with_name(f"{name}.{config.format}")
+    if out.suffix not in suffixes:
+        raise ValueError(f"--out {out} must end in .png, .svg or .pdf; or give a --format")
     if out.exists():
         if not out.is_file():
             raise ValueError(f"--out {out} is not a regular file; give another")
@@ -664,7 +659,7 @@ def draw_once(config: PlotConfig) -> None:
         beside = out.resolve().parent == runs[0].path.resolve().parent
         is_report = runs[0].path.name == "report.md"  # a log may have any name
         if len(runs) == 1 and runs[0].start is not None and beside and not is_report:
-            print(f"wrote {report(runs[0].path, out)}")
+            print(f"wrote {report(runs[0], out)}")
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
             raise
@@ -677,10 +672,9 @@ def draw_once(config: PlotConfig) -> None:
 
         if pyplot.get_backend().lower() == "agg":
             raise ValueError(f"--show: no window system here; look at {out} instead")
+        pyplot.style.use(STYLE)  # not for this block only: the window draws after it
         draw(pyplot.figure("GPT-xs", FIGURE_INCHES, clear=True), runs, config.x, config.smooth)
-        if config.watch:
-            pyplot.pause(0.1)
-        else:
+        if not config.watch:
             pyplot.show()
 
 
@@ -691,13 +685,19 @@ def watch(config: PlotConfig) -> None:
             draw_once(config)
         except (FileNotFoundError, NothingToDraw) as error:
             print(f"waiting: {error}", flush=True)
-        time.sleep(10.0)
+        if config.show:
+            from matplotlib import pyplot
+
+            pyplot.pause(10.0)  # and let the window react to the user
+        else:
+            time.sleep(10.0)
 
 
 def main() -> None:
     with exit_with_one_line():
         config = parse_options(PlotConfig, description=__doc__)
-        config.validate()
+        if problems := check_options(config):
+            raise ValueError("; ".join(problems))
         require_matplotlib()
         if not config.watch:
             draw_once(config)

@@ -3,7 +3,8 @@
 One process, one device, random tokens, no network. The variants take turns, and each reports the
 median of its rounds. "ours" is a step of train.py's own loop: loader, compiled model, chunked loss,
 clipping, AdamW and logging. Memory is the peak of a variant's second step: weights, gradients,
-AdamW's moments and activations. The ceiling is a large matrix product in the precision that
+AdamW's moments and activations. On a CPU our steps keep the memory that they free, as in train.py,
+and the others' return it to the system. The ceiling is a large matrix product in the precision that
 `--dtype auto` chooses; "in products" is the part of a step spent in matrix products and attention
 (measured on a CPU only).
 
@@ -122,6 +123,7 @@ class Variant:
     name: str
     config: TrainConfig
     build: Callable[[TrainConfig], Step] = ours
+    keeps_memory: bool = True  # that it frees; see common.keep_freed_memory
     memory_gb: float = 0.0
     in_products: float | None = None  # part of the time
     seconds: list[float] = field(default_factory=list)  # of each round
@@ -132,6 +134,21 @@ def time_once(step: Step) -> float:
     start = timer()
     step()
     return timer() - start
+
+
+def set_malloc(variant: Variant, device: torch.device) -> None:
+    """Let the C library keep freed memory, or return it as it does by itself."""
+    if device.type != "cpu":
+        return
+    if variant.keeps_memory:
+        common.keep_freed_memory()
+        return
+    # glibc starts with smaller values, and raises them to these when large blocks are freed.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(common.M_MMAP_MAX, 65536)
+    libc.mallopt(common.M_MMAP_THRESHOLD, 32 << 20)
+    libc.mallopt(common.M_TRIM_THRESHOLD, 64 << 20)
+    libc.malloc_trim(0)
 
 
 def reset_memory(device: torch.device) -> float:
@@ -150,12 +167,17 @@ def reset_memory(device: torch.device) -> float:
 
 def warm_up(variant: Variant, device: torch.device) -> Step:
     """Build a variant's step, and run it for all that is measured besides its time."""
+    set_malloc(variant, device)
     before = reset_memory(device)
     step = variant.build(variant.config)
     step()  # compiles, and allocates AdamW's moments
     reset_memory(device)
-    time_once(step)
+    seconds = time_once(step)
     variant.memory_gb = metrics.peak_memory_gb(device) - before
+    # All that is known of this row if the time runs out before the table is printed.
+    print(
+        f"{variant.name}: {seconds:.3f} s, {variant.memory_gb:.2f} GB", file=sys.stderr, flush=True
+    )
     if device.type == "cpu":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             step()
@@ -182,6 +204,9 @@ def measure(variants: list[Variant], rounds: int, device: torch.device) -> list[
         # Round by round: when the machine's speed drifts, it drifts for all of them.
         for _ in range(rounds):
             for variant, step in zip(ready, steps, strict=True):
+                set_malloc(variant, device)
+                if device.type == "cpu":
+                    step()  # finds the memory as a step of this variant would have left it
                 variant.seconds.append(time_once(step))
     return ready
 
@@ -242,29 +267,32 @@ def variants(bench: BenchConfig, base: TrainConfig, cuda: bool) -> tuple[str, li
         Variant("ours, not compiled", eager),
         Variant("ours, no prefetch", config, partial(ours, prefetch=False)),
     ]
+    # The steps of others, which do not change how malloc works.
+    other = partial(Variant, keeps_memory=False)
     if cuda:
         rows += [
             Variant("ours, nothing logged", config, partial(ours, logging=False)),
             Variant("ours, 4096 loss rows", replace(config, loss_rows=4096)),
             Variant("ours, 8192 loss rows", replace(config, loss_rows=8192)),
-            Variant("plain step, torch's linear_cross_entropy", config, torch_loss),
-            Variant("nanoGPT-style", config, nanogpt),
-            Variant("Hugging Face", config, hugging_face),
+            other("plain step, torch's linear_cross_entropy", config, torch_loss),
+            other("nanoGPT-style", config, nanogpt),
+            other("Hugging Face", config, hugging_face),
         ]
     else:
         # Both precisions, because a CPU may have no instructions for bf16.
         bf16 = replace(config, dtype="bf16")
         fp32_eager = replace(eager, dtype="fp32")
+        rows += [Variant("ours, freed memory returned", config, keeps_memory=False)]
         if config.dtype == "fp32":
             rows += [
                 Variant("ours, bf16", bf16),
-                Variant("nanoGPT-style, fp32, compiled", config, nanogpt),
+                other("nanoGPT-style, fp32, compiled", config, nanogpt),
             ]
         rows += [
-            Variant("nanoGPT-style, fp32, eager", fp32_eager, nanogpt),
-            Variant("nanoGPT-style, bf16, compiled", bf16, nanogpt),
-            Variant("Hugging Face, fp32, eager", fp32_eager, hugging_face),
-            Variant("Hugging Face, bf16, eager", replace(eager, dtype="bf16"), hugging_face),
+            other("nanoGPT-style, fp32, eager", fp32_eager, nanogpt),
+            other("nanoGPT-style, bf16, compiled", bf16, nanogpt),
+            other("Hugging Face, fp32, eager", fp32_eager, hugging_face),
+            other("Hugging Face, bf16, eager", replace(eager, dtype="bf16"), hugging_face),
         ]
     where = f"{B} x {T}, {batch_tokens:,} tokens a step"
     title = f"Variants: 124M, {where}, {config.dtype} where not said otherwise"
@@ -352,6 +380,8 @@ def main() -> None:
         # Nothing of a run but its steps.
         base = TrainConfig(val_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0)
         base = replace(base, data_dir=folder, device=str(device), dtype=dtype_name)
+        # Once, so that the memory that the compiler itself needs is not the first row's.
+        train.compiler_problem(device)
         for table in bench.tables:
             if table == "variants":
                 title, rows = variants(bench, base, cuda)

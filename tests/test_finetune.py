@@ -145,7 +145,7 @@ def test_the_run_line_and_the_report_name_the_source_and_its_sha_256(tuned: Path
     assert (line["init_from"], line["init_sha256"]) == ("source", expected)
     assert line["config"]["model"]["vocab_size"] == 50257
     assert line["config"]["model"]["context_length"] == CONTEXT
-    report = plot.report(tuned / "log", tuned / "plot.png").read_text()
+    report = plot.report(plot.read_metrics(tuned / "log"), tuned / "plot.png").read_text()
     assert "| init_from | source |" in report
     assert f"| init_sha256 | {expected} |" in report
 

@@ -123,10 +123,14 @@ def references(ax: Axes) -> list[float]:
     return sorted(ln.get_ydata()[0] for ln in ax.lines if ":" not in ln.get_label())
 
 
+def report_of(folder: Path | str) -> Path:
+    return plot.report(plot.read_metrics(folder), Path(folder) / "plot.png")
+
+
 def reported(folder: Path) -> dict[str, list[str]]:
     """The rows of the tables of a run's report: the other cells by what the first one says."""
     rows = {}
-    for text in plot.report(folder).read_text().splitlines():
+    for text in report_of(folder).read_text().splitlines():
         if text.startswith("|"):
             name, *cells = re.split(r"(?<!\\)\|", text.strip("|"))
             rows[name.strip()] = [cell.strip() for cell in cells]
@@ -199,7 +203,7 @@ def test_a_line_of_wrong_types_counts_as_torn(tmp_path: Path, changes: Row) -> N
     run = plot.read_metrics(folder)
     assert run.notes == ["torn or unreadable lines left out: 1"]
     assert list(run.rows["train"]) == [0, 1, 2]
-    plot.report(folder)
+    report_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +230,7 @@ def test_other_keys_may_hold_anything(tmp_path: Path) -> None:
                 changed.append(row | extra | {"lr": value, "tokens_per_s": value})
             folder = log(tmp_path, changed)
             drawn(folder)
-            assert plot.report(folder).read_text().startswith("# Run report: log\n")
+            assert report_of(folder).read_text().startswith("# Run report: log\n")
             everything += changed
         plot.plot_run(log(tmp_path, everything))
 
@@ -243,7 +247,7 @@ def test_any_key_may_be_missing(tmp_path: Path, kind: str) -> None:
                 for row in rows
             ],
         )
-        plot.report(folder)
+        report_of(folder)
     drawn(folder)
 
 
@@ -273,7 +277,7 @@ def test_a_damaged_log_is_read_or_refused(
             with suppress(ValueError):  # an axis that is not recorded any more
                 plot.moving_average(run.series("train", "loss", x)[1], 2)
         if run.start is not None:
-            plot.report(folder)
+            report_of(folder)
         assert path.read_bytes() == content[:length]
 
 
