@@ -1,10 +1,10 @@
 """The training step against itself with parts switched off, and against the plain steps of others.
 
-One process, one device, random tokens, no network. The variants take turns, and each reports the
+One device, random tokens, no network. On a GPU the variants take turns; on a CPU each has a process
+of its own, since one step's speed depends on the memory that others have freed. Each reports the
 median of its rounds. "ours" is a step of train.py's own loop: loader, compiled model, chunked loss,
 clipping, AdamW and logging. Memory is the peak of a variant's second step: weights, gradients,
-AdamW's moments and activations. On a CPU our steps keep the memory that they free, as in train.py,
-and the others' return it to the system. The ceiling is a large matrix product in the precision that
+AdamW's moments and activations. The ceiling is a large matrix product in the precision that
 `--dtype auto` chooses; "in products" is the part of a step spent in matrix products and attention
 (measured on a CPU only).
 
@@ -17,6 +17,7 @@ import ctypes
 import gc
 import io
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -136,21 +138,6 @@ def time_once(step: Step) -> float:
     return timer() - start
 
 
-def set_malloc(variant: Variant, device: torch.device) -> None:
-    """Let the C library keep freed memory, or return it as it does by itself."""
-    if device.type != "cpu":
-        return
-    if variant.keeps_memory:
-        common.keep_freed_memory()
-        return
-    # glibc starts with smaller values, and raises them to these when large blocks are freed.
-    libc = ctypes.CDLL(None)
-    libc.mallopt(common.M_MMAP_MAX, 65536)
-    libc.mallopt(common.M_MMAP_THRESHOLD, 32 << 20)
-    libc.mallopt(common.M_TRIM_THRESHOLD, 64 << 20)
-    libc.malloc_trim(0)
-
-
 def reset_memory(device: torch.device) -> float:
     """Return free memory to the system and reset its peak; the GB that are still in use."""
     gc.unfreeze()  # the training loop freezes all that exists at its first step
@@ -167,7 +154,6 @@ def reset_memory(device: torch.device) -> float:
 
 def warm_up(variant: Variant, device: torch.device) -> Step:
     """Build a variant's step, and run it for all that is measured besides its time."""
-    set_malloc(variant, device)
     before = reset_memory(device)
     step = variant.build(variant.config)
     step()  # compiles, and allocates AdamW's moments
@@ -204,10 +190,34 @@ def measure(variants: list[Variant], rounds: int, device: torch.device) -> list[
         # Round by round: when the machine's speed drifts, it drifts for all of them.
         for _ in range(rounds):
             for variant, step in zip(ready, steps, strict=True):
-                set_malloc(variant, device)
-                if device.type == "cpu":
-                    step()  # finds the memory as a step of this variant would have left it
                 variant.seconds.append(time_once(step))
+    return ready
+
+
+def measure_alone(
+    bench: BenchConfig, base: TrainConfig, name: str
+) -> tuple[float, float | None, list[float]] | None:
+    """What a CPU's variant is found to need, for a process of its own; None if it fails."""
+    _, rows = variants(bench, base, cuda=False)
+    row = next(row for row in rows if row.name == name)
+    if row.keeps_memory:
+        common.keep_freed_memory()
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cpu")
+    train.compiler_problem(device)  # so that the compiler's own memory is not counted
+    measured = measure([row], bench.rounds, device)
+    return (row.memory_gb, row.in_products, row.seconds) if measured else None
+
+
+def measure_each_alone(rows: list[Variant], bench: BenchConfig, base: TrainConfig) -> list[Variant]:
+    """Measure a CPU's variants, one after the other. Those that fail are not returned."""
+    ready = []
+    for row in rows:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            result = process.submit(measure_alone, bench, base, row.name).result()
+        if result is not None:
+            row.memory_gb, row.in_products, row.seconds = result
+            ready.append(row)
     return ready
 
 
@@ -380,13 +390,15 @@ def main() -> None:
         # Nothing of a run but its steps.
         base = TrainConfig(val_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0)
         base = replace(base, data_dir=folder, device=str(device), dtype=dtype_name)
-        # Once, so that the memory that the compiler itself needs is not the first row's.
-        train.compiler_problem(device)
         for table in bench.tables:
             if table == "variants":
                 title, rows = variants(bench, base, cuda)
                 rows = [row for row in rows if re.search(bench.only, row.name)]
-                show(title, measure(rows, bench.rounds, device), ceiling, peak)
+                if device.type == "cpu":
+                    measured = measure_each_alone(rows, bench, base)
+                else:
+                    measured = measure(rows, bench.rounds, device)
+                show(title, measured, ceiling, peak)
             elif table in ("growth", "recompute"):
                 for title, rows in (growth if table == "growth" else recompute)(base, cuda):
                     # One at a time: together they would not fit into memory.
