@@ -737,10 +737,11 @@ def report_checkpoint(run: Run, wait: bool = False) -> None:
         run.logger.report("checkpoint", saved.step, row)
 
 
-def report_unsaved(run: Run, error: OSError) -> None:
+def report_unsaved(run: Run, error: Exception) -> None:
     """Report that a checkpoint could not be written; ``report_end`` repeats it of the last."""
-    run.save_problem = str(error)
-    run.logger.print(f"checkpoint not saved: {error}{'' if run.ending else '; training continues'}")
+    run.save_problem = first_line(error)
+    ending = "" if run.ending else "; training continues"
+    run.logger.print(f"checkpoint not saved: {run.save_problem}{ending}")
 
 
 def check_log_folder(run: Run) -> None:
@@ -927,7 +928,7 @@ def train(
             try:
                 save_checkpoint(run)
             except RuntimeError as unsaved:  # a GPU that has failed, or waits for a dead rank
-                run.logger.print(f"checkpoint not saved: {first_line(unsaved)}")
+                report_unsaved(run, unsaved)
         report_checkpoint(run, wait=True)  # the process may end without Python's own clean-up
         # When a rank has died, gloo raises a plain RuntimeError that names its source file.
         died = isinstance(error, dist.DistBackendError)

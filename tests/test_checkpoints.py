@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import hypothesis
 import pytest
@@ -94,6 +95,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(copy: Path) -> N
     assert "resumed from log/step_000038" in out
     assert saved_steps(copy / "log") == [40]
     assert checkpoint.verify(copy / "log/step_000040") is None
+    assert not list((copy / "log").glob(".partial*"))  # the damaged one takes no room any more
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(copy: Path) -> None:
@@ -440,6 +442,31 @@ def test_a_checkpoint_that_could_not_be_resumed_is_not_written(tiny: Path, where
         checkpoint.save(tiny, model, tiny_state(8, optimizer), keep=1)
     assert saved_steps(tiny) == [6, 7]
     assert not list(tiny.glob(".partial_*"))
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_deny_the_new_one(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def rename_none_of_the_old(path: Path, target: Path) -> Path:
+        if path.name.startswith("step_"):
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_none_of_the_old)
+    model, optimizer = stepped()
+    saved = checkpoint.save(tiny, model, tiny_state(8, optimizer), keep=1)
+    assert checkpoint.verify(saved) is None
+    assert saved_steps(tiny) == [6, 7, 8]
+
+
+def test_too_little_memory_is_not_called_a_damaged_file(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "load", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        checkpoint.load_state(tiny / "step_000007")
 
 
 def test_a_stray_file_of_weights_is_not_read(tiny: Path) -> None:

@@ -572,6 +572,7 @@ def test_a_log_without_its_first_line_is_only_drawn(tmp_path: Path, command: Com
         ([], "plot.png", b"\x89PNG"),
         (["--format", "svg"], "plot.svg", b"<?xml"),
         (["--out", "{}/deep/curves.pdf"], "deep/curves.pdf", b"%PDF"),
+        (["--out", "{}/lr_0.5", "--format", "svg"], "lr_0.5.svg", b"<?xml"),
     ],
 )
 def test_the_picture_has_the_place_and_format_asked_for(
@@ -586,6 +587,12 @@ def test_the_picture_has_the_place_and_format_asked_for(
     assert files == {"metrics.jsonl", path.name} | ({"report.md"} if beside else set())
     if beside:
         assert f"![curves]({path.name})" in (folder / "report.md").read_text()
+
+
+def test_the_report_has_the_name_that_was_given(tmp_path: Path, command: Command) -> None:
+    folder = log(tmp_path, a_run(steps=5))
+    command(f"ours={folder}")
+    assert (folder / "report.md").read_text().startswith("# Run report: ours\n")
 
 
 def test_elsewhere_only_the_picture_is_written(tmp_path: Path, command: Command) -> None:
