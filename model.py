@@ -304,9 +304,8 @@ class GPT(nn.Module):
                 # and 2 layers the counted peak of a micro-step falls from 8.98 to 6.75 GB.
                 rows = max(4096, hidden.size(0) // 8)
             elif device == "cpu" and torch.compiler.is_compiling() and bf16 and len(hidden) <= 4096:
-                # The plain loss, with up to 0.8 GB of logits. With bf16 instructions the compiled
-                # step of 124M at 4 x 512 is 6% faster with it than with chunks. In fp32 chunks are
-                # 3% faster.
+                # The plain loss, with up to 0.8 GB of logits. In bf16 the compiled step of 124M at
+                # 4 x 512 is a little faster with it, and needs less memory. In fp32 it needs more.
                 rows = 0
             else:
                 # A CPU wants the logits in its cache, but not so few of them that adding up the
