@@ -739,9 +739,10 @@ def report_checkpoint(run: Run, wait: bool = False) -> None:
 
 def report_unsaved(run: Run, error: Exception) -> None:
     """Report that a checkpoint could not be written; ``report_end`` repeats it of the last."""
-    run.save_problem = first_line(error)
-    ending = "" if run.ending else "; training continues"
-    run.logger.print(f"checkpoint not saved: {run.save_problem}{ending}")
+    problem = run.save_problem = first_line(error)
+    run.logger.print(
+        f"checkpoint not saved: {problem}{'' if run.ending else '; training continues'}"
+    )
 
 
 def check_log_folder(run: Run) -> None:
