@@ -167,10 +167,33 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * scale, grad_weight * scale, None, None, None, None
 
 
+@torch.compiler.nested_compile_region  # compiled once, not again for each layer
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Tensor:
+    """Causal attention of q, k and v (B * H, T, D), for ``rows`` queries at a time.
+
+    For the compiled step on a CPU. Inductor makes one loop of the softmax of a block, between two
+    matrix products that are larger than those of torch's kernel. A step of 124M at 4 x 512 is 1.2
+    times as fast with it. A block's future is skipped, but for that among its own queries.
+    """
+    T, D = q.shape[1:]
+    positions = torch.arange(T, device=q.device)
+    blocks = []
+    for start in range(0, T, rows):
+        stop = min(start + rows, T)
+        scores = (q[:, start:stop] @ k[:, :stop].mT).float() / math.sqrt(D)  # (B * H, rows, stop)
+        is_future = positions[:stop] > positions[start:stop, None]  # (rows, stop)
+        p = scores.masked_fill(is_future, -math.inf).softmax(dim=-1)
+        blocks.append(p.to(v.dtype) @ v[:, :stop])
+    return torch.cat(blocks, dim=1)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_heads = config.n_heads
+        # The longest sequences for which a CPU's compiled step uses blocked_attention; 0: none. It
+        # keeps half of a (T, T) matrix for each head, and at 1024 torch's kernel is as fast.
+        self.blocked_tokens = 512
         # Query, key and value of all heads in one matrix.
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
         self.c_proj = nn.Linear(config.d_model, config.d_model)
@@ -183,7 +206,13 @@ class CausalSelfAttention(nn.Module):
         # backend is forced: torch 2.13 tries cuDNN first by itself on sm_9x and sm_10x with a cuDNN
         # above 9.15.0 (older ones fail at lengths that 128 does not divide, pytorch#169849), and
         # FlashAttention first elsewhere.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        compiled_for_cpu = x.device.type == "cpu" and torch.compiler.is_compiling()
+        if compiled_for_cpu and mask is None and self.blocked_tokens >= T:
+            # Copies, because a region that is compiled by itself takes no views of one tensor.
+            q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
+            y = blocked_attention(q, k, v).view(B, self.n_heads, T, -1)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
 
 

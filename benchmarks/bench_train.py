@@ -42,7 +42,7 @@ from torch.utils.benchmark import timer  # reads the clock once the GPU has fini
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 
-from plain_steps import Step, hugging_face, nanogpt, torch_loss
+from plain_steps import Step, hugging_face, nanogpt, torch_loss, use_torch_attention
 
 import metrics
 import plot
@@ -97,7 +97,9 @@ class BlockingLoader(TokenLoader):
         return tokens[:, :-1], tokens[:, 1:]
 
 
-def ours(config: TrainConfig, prefetch: bool = True, logging: bool = True) -> Step:
+def ours(
+    config: TrainConfig, prefetch: bool = True, logging: bool = True, blocked_attention: bool = True
+) -> Step:
     """A step of train.py's loop, in a run with a log folder of its own."""
     config = replace(config, log_dir=Path(tempfile.mkdtemp(dir=config.data_dir)))
     device = torch.device(config.device)
@@ -106,6 +108,8 @@ def ours(config: TrainConfig, prefetch: bool = True, logging: bool = True) -> St
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     run.logger.enabled = logging
+    if not blocked_attention:
+        use_torch_attention(run.model)
     if not prefetch:
         run.loader.close()
         run.loader = BlockingLoader(run.train_data, run.loader.batches, device, prefetch=1)
@@ -303,6 +307,7 @@ def variants(bench: BenchConfig, base: TrainConfig, cuda: bool) -> tuple[str, li
         rows += [
             Variant("ours, freed memory returned", config, keeps_memory=False),
             Variant("ours, nothing computed twice", config, keeping_activations),
+            Variant("ours, torch's attention", config, partial(ours, blocked_attention=False)),
             Variant("ours, 768 loss rows", replace(config, loss_rows=768)),
         ]
         if config.dtype == "fp32":

@@ -13,7 +13,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import GPT
+from model import GPT, CausalSelfAttention
 from optim import build_optimizer
 from train import TrainConfig
 
@@ -53,6 +53,13 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+def use_torch_attention(model: torch.nn.Module) -> None:
+    """Keep a compiled step on a CPU from blocked_attention."""
+    for module in model.modules():
+        if isinstance(module, CausalSelfAttention):
+            module.blocked_tokens = 0
+
+
 def plain_step(
     config: TrainConfig, model: torch.nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]
 ) -> Step:
@@ -65,6 +72,7 @@ def plain_step(
     optimizer = build_optimizer(model.to(device), config.weight_decay)
     for group in optimizer.param_groups:
         group["lr"] = config.max_lr
+    use_torch_attention(model)
     # torch's default, which train.py changes on a CPU.
     torch._functorch.config.activation_memory_budget = 1.0
     if config.compile:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from model import GPT, GPTConfig, LinearCrossEntropy
+from model import GPT, GPTConfig, LinearCrossEntropy, blocked_attention
 from optim import build_optimizer
 
 SMALL = GPTConfig(d_model=32, n_heads=4, n_layers=3, context_length=24)
@@ -367,6 +367,34 @@ def test_a_compiled_step_has_the_loss_and_gradients_of_the_uncompiled_one(rows: 
         strict=True,
     ):
         assert ((got - want).norm() / want.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 7, 24, 128])
+def test_blocked_attention_is_causal_attention(rows: int) -> None:
+    q, k, v = torch.randn(3, 6, 24, 8).requires_grad_()
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    y = blocked_attention(q, k, v, rows)
+    torch.testing.assert_close(y, expected)
+    weights = torch.randn_like(y)
+    got = torch.autograd.grad((y * weights).sum(), (q, k, v), retain_graph=True)
+    want = torch.autograd.grad((expected * weights).sum(), (q, k, v), retain_graph=True)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(("limit", "is_blocked"), [(15, False), (16, True)])
+def test_a_cpus_compiled_step_blocks_attention_up_to_a_length(limit: int, is_blocked: bool) -> None:
+    model = GPT(GPTConfig(d_model=16, n_heads=2, n_layers=1, context_length=16))
+    model.transformer.h[0].attn.blocked_tokens = limit
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(model, fullgraph=True, dynamic=False, backend=keep)(tokens(2, 16))
+    assert ("softmax" in graphs[0]) == is_blocked
+    assert ("scaled_dot_product_attention" in graphs[0]) != is_blocked
 
 
 def test_the_uncompiled_loss_is_exact_where_the_target_is_all_but_impossible() -> None:
