@@ -171,9 +171,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Tensor:
     """Causal attention of q, k and v (B * H, T, D), for ``rows`` queries at a time.
 
-    For the compiled step on a CPU. Inductor makes one loop of the softmax of a block, between two
-    matrix products that are larger than those of torch's kernel. A step of 124M at 4 x 512 is 1.2
-    times as fast with it. A block's future is skipped, but for that among its own queries.
+    For the compiled bf16 step on a CPU. Inductor makes one loop of a block's softmax, between two
+    matrix products that are larger than those of torch's kernel: a step of 124M at 4 x 512 is more
+    than 1.1 times as fast. Of the future only that among a block's own queries is computed.
     """
     T, D = q.shape[1:]
     positions = torch.arange(T, device=q.device)
@@ -191,8 +191,9 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_heads = config.n_heads
-        # The longest sequences for which a CPU's compiled step uses blocked_attention; 0: none. It
-        # keeps half of a (T, T) matrix for each head, and at 1024 torch's kernel is as fast.
+        # The longest sequences for which a CPU's compiled bf16 step uses blocked_attention, which
+        # keeps half of a (T, T) matrix for each head; 0: none. At 1024 and in fp32 torch's kernel
+        # is as fast.
         self.blocked_tokens = 512
         # Query, key and value of all heads in one matrix.
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
@@ -202,16 +203,17 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_heads, C // self.n_heads)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        # Fused attention where there is a kernel for it: never a (T, T) matrix in memory. No
-        # backend is forced: torch 2.13 tries cuDNN first by itself on sm_9x and sm_10x with a cuDNN
-        # above 9.15.0 (older ones fail at lengths that 128 does not divide, pytorch#169849), and
-        # FlashAttention first elsewhere.
-        compiled_for_cpu = x.device.type == "cpu" and torch.compiler.is_compiling()
-        if compiled_for_cpu and mask is None and self.blocked_tokens >= T:
+        compiled_on_cpu = x.device.type == "cpu" and torch.compiler.is_compiling()
+        bf16 = q.dtype == torch.bfloat16
+        if compiled_on_cpu and bf16 and mask is None and self.blocked_tokens >= T:
             # Copies, because a region that is compiled by itself takes no views of one tensor.
             q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
             y = blocked_attention(q, k, v).view(B, self.n_heads, T, -1)
         else:
+            # Fused attention where there is a kernel for it: never a (T, T) matrix in memory. No
+            # backend is forced: torch 2.13 tries cuDNN first by itself on sm_9x and sm_10x with a
+            # cuDNN above 9.15.0 (older ones fail at lengths that 128 does not divide,
+            # pytorch#169849), and FlashAttention first elsewhere.
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
 

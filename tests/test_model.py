@@ -381,8 +381,12 @@ def test_blocked_attention_is_causal_attention(rows: int) -> None:
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize(("limit", "is_blocked"), [(15, False), (16, True)])
-def test_a_cpus_compiled_step_blocks_attention_up_to_a_length(limit: int, is_blocked: bool) -> None:
+@pytest.mark.parametrize(
+    ("limit", "bf16", "is_blocked"), [(15, True, False), (16, True, True), (16, False, False)]
+)
+def test_a_cpus_compiled_bf16_step_blocks_attention_up_to_a_length(
+    limit: int, bf16: bool, is_blocked: bool
+) -> None:
     model = GPT(GPTConfig(d_model=16, n_heads=2, n_layers=1, context_length=16))
     model.transformer.h[0].attn.blocked_tokens = limit
     graphs: list[str] = []
@@ -392,7 +396,8 @@ def test_a_cpus_compiled_step_blocks_attention_up_to_a_length(limit: int, is_blo
         return graph
 
     torch._dynamo.reset()
-    torch.compile(model, fullgraph=True, dynamic=False, backend=keep)(tokens(2, 16))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        torch.compile(model, fullgraph=True, dynamic=False, backend=keep)(tokens(2, 16))
     assert ("softmax" in graphs[0]) == is_blocked
     assert ("scaled_dot_product_attention" in graphs[0]) != is_blocked
 
