@@ -171,9 +171,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Tensor:
     """Causal attention of q, k and v (B * H, T, D), for ``rows`` queries at a time.
 
-    For the compiled bf16 step on a CPU. Inductor makes one loop of a block's softmax, between two
-    matrix products that are larger than those of torch's kernel: a step of 124M at 4 x 512 is more
-    than 1.1 times as fast. Of the future only that among a block's own queries is computed.
+    For the compiled bf16 step on a CPU. Inductor fuses a block's softmax into one loop, and its
+    matrix products are larger than those in torch's kernel: a step of 124M at 4 x 512 is 1.1 times
+    as fast. Future keys are computed only within a block's own queries, then masked. The scores are
+    rounded to the dtype of q before the softmax, which is in fp32.
     """
     T, D = q.shape[1:]
     positions = torch.arange(T, device=q.device)
@@ -191,9 +192,9 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_heads = config.n_heads
-        # The longest sequences for which a CPU's compiled bf16 step uses blocked_attention, which
-        # keeps half of a (T, T) matrix for each head; 0: none. At 1024 and in fp32 torch's kernel
-        # is as fast.
+        # The longest T for which compiled bf16 on a CPU uses blocked_attention; 0: never. The
+        # probabilities that it saves are more than half of a (T, T) matrix for each head. At 1024,
+        # and in fp32, torch's kernel is as fast.
         self.blocked_tokens = 512
         # Query, key and value of all heads in one matrix.
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
@@ -206,7 +207,7 @@ class CausalSelfAttention(nn.Module):
         compiled_on_cpu = x.device.type == "cpu" and torch.compiler.is_compiling()
         bf16 = q.dtype == torch.bfloat16
         if compiled_on_cpu and bf16 and mask is None and self.blocked_tokens >= T:
-            # Copies, because a region that is compiled by itself takes no views of one tensor.
+            # Copies, since nested_compile_region rejects inputs that are views of one tensor.
             q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
             y = blocked_attention(q, k, v).view(B, self.n_heads, T, -1)
         else:
@@ -239,7 +240,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        # Pre-norm: nothing stands between the residual stream and the loss, so deep models train.
+        # Pre-norm: no LayerNorm on the residual path between the blocks, so deep models train.
         x = x + self.attn(self.ln_1(x), mask)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -306,7 +307,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
             if i < self.recomputed_blocks and torch.is_grad_enabled():
-                # Only x is kept. There is no dropout, whose random state would have to be.
+                # Only x is kept: without dropout there is no random state to restore.
                 x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, mask)
@@ -322,7 +323,7 @@ class GPT(nn.Module):
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of states (N, C) against targets (N,)."""
         device = hidden.device.type
-        # Autograd functions are not autocast, so the precision is passed on.
+        # Products with out= are not autocast, so the precision is passed on.
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
         bf16 = dtype == torch.bfloat16
