@@ -308,7 +308,7 @@ def compile_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Modu
     from torch._inductor import config as inductor  # takes a second
 
     # A budget below 1 computes norms and GELU again in the backward pass instead of keeping them.
-    # On a CPU that is nothing beside the matrix products, and saves a sixth of the memory at 124M
+    # On a CPU that is nothing beside the matrix products, and saves a fifth of the memory at 124M
     # in bf16. On a GPU these operations wait for memory.
     torch._functorch.config.activation_memory_budget = 0.95 if device.type == "cpu" else 1.0
     # Otherwise Inductor chooses between kernels by their time, and they add in different orders.

@@ -371,6 +371,7 @@ def test_a_compiled_step_has_the_loss_and_gradients_of_the_uncompiled_one(rows: 
 
 @pytest.mark.parametrize("rows", [1, 7, 24, 128])
 def test_blocked_attention_is_causal_attention(rows: int) -> None:
+    torch.manual_seed(0)
     q, k, v = torch.randn(3, 6, 24, 8).requires_grad_()
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     y = blocked_attention(q, k, v, rows)
@@ -400,6 +401,24 @@ def test_a_cpus_compiled_bf16_step_blocks_attention_up_to_a_length(
         torch.compile(model, fullgraph=True, dynamic=False, backend=keep)(tokens(2, 16))
     assert ("softmax" in graphs[0]) == is_blocked
     assert ("scaled_dot_product_attention" in graphs[0]) != is_blocked
+
+
+def test_the_compiled_bf16_step_has_the_gradients_of_the_uncompiled_one() -> None:
+    """On a CPU they have different attention."""
+    model, idx, targets = randomised(), tokens(3, 24), tokens(3, 24, 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    parameters = list(model.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(idx, targets)
+        loss = compiled(idx, targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+    for got, want in zip(
+        torch.autograd.grad(loss, parameters),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    ):
+        assert ((got - want).norm() / want.norm()).item() < 2e-2
 
 
 def test_the_uncompiled_loss_is_exact_where_the_target_is_all_but_impossible() -> None:
