@@ -10,9 +10,6 @@ micro-batch, and resuming at step s needs no state but s.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -23,16 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import dataset
+from gptxs.shards import Shard, digest, find_shards
 
 # Four rounds of a good mixer are pseudo-random (Luby & Rackoff 1988); six cost little more.
 # A change of this number would send every resumed run to other data.
 FEISTEL_ROUNDS = 6
-# What ``check_tokens`` reads at once: 2 MiB, which stay in the cache until their maximum is known.
-CHECK_TOKENS = 1 << 20
-# What tells a shard without an index from another of its size: blocks of 8 KiB at 16 places.
-DIGEST_PLACES = 16
-DIGEST_TOKENS = 4096
 
 # ---- the order of the windows --------------------------------------------------------------------
 
@@ -108,35 +100,22 @@ class StepLayout:
             step += 1
 
 
-# ---- shards --------------------------------------------------------------------------------------
+# ---- windows -------------------------------------------------------------------------------------
 
 
 class TokenDataset:
-    """The windows of a split's shards, ``DIR/*_{split}_{index}.npy``.
+    """The windows of a split's shards, by number.
 
-    A shard is open only while it is read: there may be 13,000, and a process is usually allowed
-    1,024 open files.
-
-    Raises:
-        FileNotFoundError: the folder or the split's shards are missing.
-        ValueError: a shard is damaged, not 1-D uint16, too short, or of another data set.
+    Raises what ``find_shards`` does, and ValueError when no shard holds a window of this context.
     """
 
-    def __init__(self, data_dir: str | Path, split: str, context_length: int) -> None:
+    def __init__(
+        self, data_dir: str | Path, split: str, context_length: int, vocab_size: int
+    ) -> None:
         folder = Path(data_dir)
         self.context_length = context_length
-        self.paths = sorted(folder.glob(f"*_{split}_[0-9]*.npy"))
-        if not self.paths:
-            raise FileNotFoundError(
-                f"{folder}: no {split} shards (*_{split}_000000.npy) there; write them with"
-                f" `python dataset.py --data-dir {folder}` or give another --data-dir"
-            )
-        # Tokens of two data sets in one folder would be mixed without anybody noticing.
-        names = sorted({path.name.rsplit(f"_{split}_", 1)[0] for path in self.paths})
-        if len(names) > 1:
-            raise ValueError(f"{folder}: shards of several data sets ({', '.join(names)})")
-        self.name = names[0]
-        self.shards = [dataset.read_shard_header(path) for path in self.paths]
+        self.vocab_size = vocab_size
+        self.shards: list[Shard] = find_shards(folder, split)
         counts = [(shard.tokens - 1) // context_length for shard in self.shards]
         if sum(counts) == 0:
             raise ValueError(
@@ -144,106 +123,57 @@ class TokenDataset:
                 f" context length {context_length}; lower it or prepare more data"
             )
         self.first_window = np.concatenate(([0], np.cumsum(counts)))  # of each shard, and the end
-        self.error: Exception | None = None  # found by ``check_tokens``
+        # What stands before the split in the files' names; train.bin has the name of its folder.
+        prefix = self.shards[0].path.name.rpartition(split)[0]
+        self.name = prefix.rstrip("_") or folder.resolve().name
 
     def __len__(self) -> int:
         """The number of windows."""
         return int(self.first_window[-1])
 
-    def check_tokens(
-        self, vocab_size: int, rank: int = 0, world_size: int = 1, seconds: float = 60
-    ) -> bool:
-        """Read every ``world_size``-th shard once; ValueError names one with a foreign token.
-
-        It also leaves the shards in the page cache, where random windows are read from later.
-        Returns False if that takes longer than ``seconds``: then it goes on in the background, and
-        the next call of ``windows`` raises what it has found.
-        """
-        self.error = None
-
-        def check() -> None:
-            buffer = np.empty(CHECK_TOKENS, dtype=np.uint16)
-            try:
-                for shard in range(rank, len(self.paths), world_size):
-                    for start in range(0, self.shards[shard].tokens, CHECK_TOKENS):
-                        block = buffer[: self.shards[shard].tokens - start]
-                        self._read(shard, [start], [block])
-                        if block.max() >= vocab_size:
-                            raise ValueError(
-                                f"{self.paths[shard]}: token {block.max()} is outside the"
-                                f" vocabulary of {vocab_size}; write the shard again with"
-                                " dataset.py"
-                            )
-            except Exception as error:  # whatever it is, the caller must stop for it
-                self.error = error
-
-        thread = threading.Thread(target=check, name="check_tokens", daemon=True)
-        thread.start()
-        thread.join(seconds)
-        if self.error is not None:
-            raise self.error
-        return not thread.is_alive()
-
     def fingerprint(self) -> list[list[str | int]]:
         """Each shard's name, tokens and digest: a run can only be resumed on the same shards.
 
-        The digest is the SHA-256 in index.json. A shard that is in no index is read at fixed
-        places, as reading all of it would take minutes.
-
-        Raises ValueError for an index.json that is damaged.
+        The digest is of the file itself: a record in index.json cannot know that it was changed.
         """
-        indexes = dataset.read_indexes(self.paths[0].parent).values()
-        known = {
-            (record.file, record.tokens): record.sha256
-            for index in indexes
-            for record in index.shards
-        }
-        entries: list[list[str | int]] = []
-        for number, (path, shard) in enumerate(zip(self.paths, self.shards, strict=True)):
-            digest = known.get((path.name, shard.tokens)) or self._digest_of_places(number)
-            entries.append([path.name, shard.tokens, digest])
-        return entries
-
-    def _digest_of_places(self, shard: int) -> str:
-        # Of blocks all over the shard, its beginning and its end included.
-        tokens = self.shards[shard].tokens
-        length = min(tokens, DIGEST_TOKENS)
-        starts = np.linspace(0, tokens - length, num=DIGEST_PLACES, dtype=np.int64).tolist()
-        rows = np.empty((len(starts), length), dtype="<u2")
-        self._read(shard, starts, list(rows))
-        return hashlib.sha256(rows.data).hexdigest()
+        return [[shard.path.name, shard.tokens, digest(shard)] for shard in self.shards]
 
     def windows(self, indices: np.ndarray) -> np.ndarray:
         """The windows ``indices`` (B,): (B, T + 1) uint16.
 
-        Raises FileNotFoundError when a shard was removed, or changed its size, since it was first
-        read, and what ``check_tokens`` has found in the background.
+        Raises ValueError, naming the shard, for a token outside the vocabulary, which on a GPU
+        would be an assertion that names nothing, and for a shard removed or cut short.
         """
-        if self.error is not None:
-            raise self.error
         T = self.context_length
         # uint16 as on the disk: tokens become int64 on the device, after the copy.
         out = np.empty((len(indices), T + 1), dtype=np.uint16)
         shard_of = np.searchsorted(self.first_window, indices, side="right") - 1
         starts = (indices - self.first_window[shard_of]) * T
-        for shard in np.unique(shard_of):
-            rows = np.flatnonzero(shard_of == shard)
-            self._read(shard, starts[rows].tolist(), [out[row] for row in rows])
+        for number in np.unique(shard_of):
+            shard = self.shards[number]
+            rows = shard_of == number
+            # Mapped for this batch only: there may be 13,000 shards, and a process is usually
+            # allowed 1,024 open files.
+            try:
+                tokens = shard.map_tokens()
+            except (FileNotFoundError, ValueError) as error:
+                message = f"{shard.path}: the shard was removed or cut short during the run"
+                raise ValueError(message) from error
+            windows = tokens[starts[rows, None] + np.arange(T + 1)]
+            if windows.max() >= self.vocab_size:
+                raise ValueError(
+                    f"{shard.path}: token {windows.max()} is outside the vocabulary of"
+                    f" {self.vocab_size}; write the shard again with dataset.py"
+                )
+            out[rows] = windows
         return out
 
-    def _read(self, shard: int, starts: list[int], rows: list[np.ndarray]) -> None:
-        # Fill each row, uint16, with the shard's tokens from its start on. Not from a memory map:
-        # when the file is cut short, that kills the process without a word (SIGBUS).
-        path = self.paths[shard]
-        info = self.shards[shard]
-        unchanged = False
-        with contextlib.suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
-            unchanged = os.fstat(file.fileno()).st_size == info.file_size
-            for start, row in zip(starts, rows, strict=True):
-                file.seek(info.header_size + row.itemsize * start)
-                unchanged = unchanged and file.readinto(row.data) == row.nbytes
-        if not unchanged:
-            raise FileNotFoundError(f"{path}: the shard was removed or changed during the run")
+
+def ignored_files(folder: Path, *datasets: TokenDataset) -> list[str]:
+    """The files there that look like shards and are in no data set: copies, or of an old one."""
+    used = {shard.path.name for data in datasets for shard in data.shards}
+    found = {path.name for path in folder.glob("*") if path.suffix in (".npy", ".bin", ".ds")}
+    return sorted(found - used)
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -286,8 +216,9 @@ class TokenLoader:
         if not isinstance(item, Tensor):
             self.queue.put(item)  # for the next call
             raise StopIteration if item is None else item
-        # A copy from pinned memory is queued behind the running step: the host does not wait.
-        tokens = item.to(self.device, non_blocking=True).long()
+        # A copy from pinned memory is queued behind the running step: the host does not wait. On
+        # CUDA only: MPS would read memory that may be freed meanwhile (pytorch#189690).
+        tokens = item.to(self.device, non_blocking=self.device.type == "cuda").long()
         return tokens[:, :-1], tokens[:, 1:]
 
     def _read_ahead(self) -> None:

@@ -11,19 +11,18 @@ the highest per token (completion) or per character (harness).
 Example: python hellaswag.py --checkpoint log --output predictions.jsonl
 """
 
-import common
+from __future__ import annotations
 
 import functools
 import json
 import math
 import re
-import reprlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -32,8 +31,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from checkpoint import open_checkpoint
-from dataset import encode_ordinary
+from gptxs.checkpoint import find_checkpoint
+from gptxs.cli import exit_with_one_line, first_line, number_problems, parse
+from gptxs.distributed import DtypeName, choose_device, choose_dtype
+from gptxs.files import atomic_write, decode_text
+from gptxs.hf import require_gpt2_tokenizer
+from gptxs.hub import require_hub
+from gptxs.tokenizer import encode
 from model import GPT
 
 # The conventions in the order of `Example.requests`, with their prefixes in the summary.
@@ -51,8 +55,7 @@ BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 ROUND_TO = 8
 # Rows shorter than this fraction of a batch's longest row wait for a batch with less padding.
 MIN_FILL = 0.85
-
-LOCAL_FILE = "give HellaSwag as a JSONL file with --data (train.py: --hellaswag-data)"
+LOCAL_FILE = "give HellaSwag as JSONL, JSON or Parquet with --data (train.py: --hellaswag-data)"
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,10 @@ class HellaSwagConfig:
     checkpoint: str = "log"
     """A checkpoint, a log folder (its newest checkpoint) or a hub id such as gpt2."""
     data: Path | None = None
-    """HellaSwag as a JSONL file. Default: Rowan/hellaswag from the hub."""
-    split: Literal["validation", "train"] = "validation"
-    """Split of Rowan/hellaswag. Ignored with --data."""
-    limit: Annotated[int | None, common.Bounds(1, 10**9)] = None
+    """HellaSwag as a JSONL, JSON or Parquet file. Default: Rowan/hellaswag from the hub."""
+    split: Literal["validation", "train"] | None = None
+    """Split of Rowan/hellaswag; not with --data. Default: validation."""
+    limit: int | None = None
     """Use only this many examples, from the beginning. Default: all."""
     output: Path | None = None
     """Write the predictions to this file, one JSON line for each example."""
@@ -71,40 +74,29 @@ class HellaSwagConfig:
     """Print the summary as one JSON object."""
     device: str = "auto"
     """cuda, cuda:1, mps or cpu. auto: the machine's accelerator, or the CPU without one."""
-    dtype: common.DtypeName = "auto"
+    dtype: DtypeName = "auto"
     """Precision of the matrix products. auto: bf16 where the hardware has it, else fp16 on GPUs."""
     verify: bool = True
     """Compare the checkpoint's files with its checksums first."""
 
     def validate(self) -> list[str]:
         """Every problem of these options, one message each."""
-        problems = common.check_options(self)
+        problems = number_problems(self, at_least_one=("limit",))
+        if self.data is not None and self.split is not None:
+            problems.append(f"--split {self.split} has no effect with --data; leave one out")
+        # The output is written after minutes of work, and replaces what is there.
         if self.output is not None:
-            problems += self._output_problems(self.output)
+            if not self.output.absolute().parent.is_dir() or self.output.is_dir():
+                problems.append(f"--output {self.output} is not a file in a folder that exists")
+            elif self.data is not None and self.output.resolve() == self.data.resolve():
+                problems.append(f"--output {self.output}: the output is the input, --data")
         return problems
-
-    def _output_problems(self, output: Path) -> list[str]:
-        # It is written after minutes of work, and replaces what is there.
-        if not output.absolute().parent.is_dir():
-            return [f"--output {output}: its folder does not exist; create it first"]
-        if output.exists() and not output.is_file():
-            return [f"--output {output} is not a regular file; give another"]
-        if output.exists() and not holds_predictions(output):
-            return [f"--output {output} exists and holds no predictions; give another file"]
-        try:  # the temporary file from which the output will be renamed
-            temporary = output.with_name(f".{output.name}.tmp")
-            temporary.open("wb").close()
-            temporary.unlink()
-        except OSError as error:
-            return [f"--output {output} cannot be written ({error}); give another"]
-        return []
 
 
 # ---- examples ------------------------------------------------------------------------------------
 
 
-# eq=False compares by identity: a tuple of 20,084 requests is then a cheap key of pack's cache.
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Request:
     """An example in one convention: a context, and four choices to continue it, as tokens."""
 
@@ -114,6 +106,7 @@ class Request:
     lengths: list[int]  # what acc_norm divides each choice's log-likelihood by
 
 
+# eq=False compares by identity: a tuple of 10,042 examples is then a cheap key of pack_for's cache.
 @dataclass(frozen=True, eq=False)
 class Example:
     ind: int  # HellaSwag's own number for it
@@ -123,48 +116,57 @@ class Example:
 
 def load_examples(
     path: str | Path | None = None, split: str = "validation", limit: int | None = None
-) -> list[Example]:
-    """The first ``limit`` examples of a JSONL file, or of Rowan/hellaswag on the hub, tokenized.
+) -> tuple[Example, ...]:
+    """The first ``limit`` examples of a file, or of Rowan/hellaswag on the hub, tokenized.
 
-    Raises FileNotFoundError when there is no such file or the download fails, and ValueError, with
-    the line's number, when a line is malformed.
+    Raises FileNotFoundError when there is no such file, ValueError, with the line's number, when a
+    line is malformed, and ConnectionError when the download fails.
     """
-    if path is not None:
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such file; {LOCAL_FILE}")
-        common.require_regular_file(Path(path))
-    source = f"Rowan/hellaswag {split}" if path is None else str(path)
-    records = download(split) if path is None else read_jsonl(Path(path))
-    examples = []
-    for number, record in enumerate(islice(records, limit), start=1):
-        examples.append(tokenize(record, where=f"{source}, line {number}"))
+    records = download(split) if path is None else read_file(Path(path))
+    examples = tuple(tokenize(record, where) for where, record in islice(records, limit))
     if not examples:
-        raise ValueError(f"{source} has no examples; {LOCAL_FILE}")
+        raise ValueError(f"{path or split}: no examples; {LOCAL_FILE}")
     return examples
 
 
-def download(split: str) -> Iterable[Any]:
-    """A split of Rowan/hellaswag. Raises FileNotFoundError when it cannot be downloaded."""
-    common.prepare_hub()
+def download(split: str) -> Iterator[tuple[str, Any]]:
+    """The place, for messages, and the record of each example of Rowan/hellaswag."""
     try:
+        require_hub()
         from datasets import load_dataset
 
-        return load_dataset("Rowan/hellaswag", split=split)
-    except Exception as error:  # the classes it may raise have no base but this one in common
-        reason = common.hub_problem() or common.first_line(error)
-        problem = f"Rowan/hellaswag could not be downloaded ({reason})"
-        raise FileNotFoundError(f"{problem}; {LOCAL_FILE}") from None
+        records = load_dataset("Rowan/hellaswag", split=split)
+    except Exception as error:  # those of datasets have no base in common
+        kind = ValueError if isinstance(error, ValueError) else ConnectionError
+        raise kind(f"Rowan/hellaswag: {first_line(error)}; {LOCAL_FILE}") from error
+    return number(records, f"Rowan/hellaswag {split}, example")
 
 
-def read_jsonl(path: Path) -> Iterator[Any]:
-    """The value of each line of a JSONL file; None for a line that is not JSON."""
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                record = json.loads(line.decode())
-            except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested too deep
-                record = None
-            yield record
+def read_file(path: Path) -> Iterator[tuple[str, Any]]:
+    """The place, for messages, and the record of each example of Parquet, a JSON array or JSONL."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {LOCAL_FILE}")
+    if path.suffix.lower() == ".parquet":
+        from pyarrow import parquet
+
+        return number(parquet.read_table(path).to_pylist(), f"{path}, example")
+    text = decode_text(path.read_bytes(), str(path))
+    if text.lstrip().startswith("["):
+        return number(parse_json(text, str(path)), f"{path}, example")
+    lines = number(text.split("\n"), f"{path}, line")
+    return ((where, parse_json(line, where)) for where, line in lines if line.strip())
+
+
+def number(records: Iterable[Any], what: str) -> Iterator[tuple[str, Any]]:
+    for i, record in enumerate(records, start=1):
+        yield f"{what} {i}", record
+
+
+def parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error}); repair or remove it") from None
 
 
 def validate(record: Any) -> list[str]:
@@ -173,60 +175,44 @@ def validate(record: Any) -> list[str]:
         return ["not a JSON object"]
     problems = []
     for name in ("activity_label", "ctx", "ctx_a", "ctx_b"):
-        value = record.get(name)
-        if not isinstance(value, str):
+        if not isinstance(record.get(name), str):
             problems.append(f"{name} is missing or not a string")
-        elif name in ("ctx", "ctx_a") and not value.strip():
-            # The first token of an ending is predicted by the last one of its context.
-            problems.append(f"{name} is empty")
+    if record.get("ctx") == "":  # its last token predicts the first one of an ending
+        problems.append("ctx is empty")
     endings = record.get("endings")
     if not isinstance(endings, list) or len(endings) != 4:
         problems.append("endings is not a list of four")
     elif not all(isinstance(ending, str) and ending.strip() for ending in endings):
         problems.append("an ending is empty or not a string")
-    # A number in the original files, a string on the hub, and empty in the test split.
-    label = record.get("label")
-    if not isinstance(label, int | str) or str(label) not in ("0", "1", "2", "3"):
-        problems.append(f"label {reprlib.repr(label)} is not 0, 1, 2 or 3")
-    ind = record.get("ind", -1)
-    if isinstance(ind, bool) or not isinstance(ind, int):
-        problems.append("ind is not a whole number")
+    label = record.get("label")  # a number in the original files, a string on the hub
+    if str(label) not in ("0", "1", "2", "3"):
+        problems.append(f"label {label!r} is not 0, 1, 2 or 3 (the test split has none)")
     return problems
 
 
 def tokenize(record: Any, where: str) -> Example:
-    """The example of a JSONL line. Raises ValueError with ``where`` when it is malformed."""
+    """An example from its record. Raises ValueError with ``where`` when it is malformed."""
     if problems := validate(record):
-        raise ValueError(f"{where}: {'; '.join(problems)}; repair or remove the line")
-    encode = encode_ordinary
+        raise ValueError(f"{where}: {'; '.join(problems)}; repair or remove it")
     # As build-nanogpt does: context and ending are encoded apart.
-    choices = [encode(f" {ending}") for ending in record["endings"]]
-    lengths = [len(choice) for choice in choices]
-    completion = Request(where, encode(record["ctx"]), choices, lengths)
+    context = encode(record["ctx"]).tolist()
+    choices = [encode(f" {ending}").tolist() for ending in record["endings"]]
+    completion = Request(where, context, choices, [len(choice) for choice in choices])
     # The harness moves spaces at the end of the context to the ending, then encodes the two as one
     # text. GPT-2's encoding splits before a space, so that encoding them apart gives the same.
     text = clean(f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
-    context = text.rstrip()
-    if not context:
-        raise ValueError(f"{where}: ctx_a is empty without its markup; repair or remove the line")
-    spaces = text[len(context) :]
+    context = encode(text.rstrip()).tolist()
+    spaces = text[len(text.rstrip()) :]
     endings = [clean(ending) for ending in record["endings"]]
-    choices = [encode(f"{spaces} {ending}") for ending in endings]
-    lengths = [len(ending) for ending in endings]
-    harness = Request(where, encode(context), choices, lengths)
+    choices = [encode(f"{spaces} {ending}").tolist() for ending in endings]
+    harness = Request(where, context, choices, [len(ending) for ending in endings])
     return Example(record.get("ind", -1), int(record["label"]), requests=(completion, harness))
 
 
 def clean(text: str) -> str:
     """Remove the markup of WikiHow texts exactly as the harness does."""
     text = text.strip().replace(" [title]", ". ")
-    lines = []
-    for line in text.split("\n"):
-        # The harness's pattern would search the rest of the line for each bracket that is never
-        # closed: hours for a megabyte of them. Behind the last "]" there is no markup.
-        before, closing, after = line.rpartition("]")
-        lines.append(re.sub(r"\[.*?\]", "", before + closing) + after)
-    return "\n".join(lines).replace("  ", " ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -267,84 +253,54 @@ def lay_out(request: Request, context_length: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(inputs).T, torch.tensor(targets).T
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """B rows of similar length, out of R requests, padded to T; N targets; int64."""
-
-    inputs: Tensor  # (3, B, T): token, position, segment
-    targets: Tensor  # (3, N): token, predictor among the B * T inputs, choice among all R * 4
-
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on a device, in one transfer, for which on CUDA the host does not wait."""
-        numbers = torch.cat((self.inputs.flatten(), self.targets.flatten()))
-        if device.type == "cuda":
-            numbers = numbers.pin_memory()  # from other memory the host would wait for the copy
-        numbers = numbers.to(device, non_blocking=device.type == "cuda")
-        inputs, targets = numbers.split((self.inputs.numel(), self.targets.numel()))
-        return Batch(inputs.view(self.inputs.shape), targets.view(self.targets.shape))
-
-
 # A training run evaluates the same examples again and again, so their batches are kept.
 @functools.lru_cache(maxsize=2)
-def pack(
-    requests: tuple[Request, ...], context_length: int, batch_tokens: int = BATCH_TOKENS
-) -> list[Batch]:
-    """All requests in batches of at most ``batch_tokens`` inputs with padding, or one row."""
-    rows = [lay_out(request, context_length) for request in requests]
-    row_lengths = [inputs.size(1) for inputs, _ in rows]
-    # Rows of similar length need little padding. The longest come first, so that memory, if it
-    # does not suffice, runs out at once.
-    waiting = sorted(range(len(rows)), key=lambda i: row_lengths[i])
-    batches = []
-    while waiting:
-        longest = row_lengths[waiting[-1]]
-        T = math.ceil(longest / ROUND_TO) * ROUND_TO
-        candidates = waiting[-max(1, batch_tokens // T) :]
-        chosen = [i for i in candidates if row_lengths[i] >= MIN_FILL * longest]
-        del waiting[-len(chosen) :]
-        batch_inputs = []
-        batch_targets = []
-        for b, i in enumerate(chosen):
-            inputs, targets = rows[i]
-            batch_inputs.append(F.pad(inputs, (0, T - row_lengths[i])))
-            # b * T inputs come before row b of the batch, and 4 * i choices before request i.
-            batch_targets.append(targets + torch.tensor([[0], [b * T], [4 * i]]))
-        batches.append(Batch(torch.stack(batch_inputs, dim=1), torch.cat(batch_targets, dim=1)))
-    return batches
+def pack_for(
+    device: torch.device, examples: tuple[Example, ...], context_length: int
+) -> list[tuple[Tensor, Tensor]]:
+    """All R requests in batches, on the CPU, of the size that suits the device, or of one row.
 
-
-def pack_for(device: torch.device, examples: Sequence[Example], context_length: int) -> list[Batch]:
-    """The examples in batches of the size that suits the device.
-
+    A batch has inputs (3, B, T): token, position, segment, of B rows of similar length padded to T;
+    and targets (3, N): token, predictor among the B * T inputs, choice among all R * 4; int64.
     Raises ValueError when an ending exceeds ``context_length``.
     """
-    requests = tuple(request for example in examples for request in example.requests)
     batch_tokens = CUDA_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
-    return pack(requests, context_length, batch_tokens)
+    requests = [request for example in examples for request in example.requests]
+    rows = [lay_out(request, context_length) for request in requests]
+    lengths = [inputs.size(1) for inputs, _ in rows]
+    # Rows of similar length need little padding. The longest come first, so that memory, if it
+    # does not suffice, runs out at once.
+    waiting = sorted(range(len(rows)), key=lambda i: lengths[i])
+    batches = []
+    while waiting:
+        longest = lengths[waiting[-1]]
+        T = math.ceil(longest / ROUND_TO) * ROUND_TO
+        candidates = waiting[-max(1, batch_tokens // T) :]
+        chosen = [i for i in candidates if lengths[i] >= MIN_FILL * longest]
+        del waiting[-len(chosen) :]
+        inputs = [F.pad(rows[i][0], (0, T - lengths[i])) for i in chosen]
+        # b * T inputs come before row b of the batch, and 4 * i choices before request i.
+        targets = [rows[i][1] + torch.tensor([[0], [b * T], [4 * i]]) for b, i in enumerate(chosen)]
+        batches.append((torch.stack(inputs, dim=1), torch.cat(targets, dim=1)))
+    return batches
 
 
 # ---- scoring -------------------------------------------------------------------------------------
 
 
-def add_log_likelihoods(model: GPT, batch: Batch, scores: Tensor) -> None:
+def add_log_likelihoods(model: GPT, inputs: Tensor, targets: Tensor, scores: Tensor) -> None:
     """Add a batch's log-probabilities, in nats, to the ``scores`` (R * 4) of all choices, fp32."""
-    device = scores.device
-    batch = batch.to(device)
-    tokens, positions, segments = batch.inputs  # (B, T) each
+    tokens, positions, segments = inputs  # (B, T) each
     query = segments[:, :, None]  # (B, T, 1)
     key = segments[:, None, :]  # (B, 1, T)
     # Padding attends to itself: with no key at all, a softmax is NaN.
-    visible = ((key == CONTEXT) | (key == query)).tril()[:, None]  # (B, 1, T, T)
-    # What the attention adds to its scores; it would convert a boolean mask once in every layer.
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.lm_head.weight.dtype
-    mask = torch.where(visible, 0.0, -math.inf).to(dtype)
+    mask = ((key == CONTEXT) | (key == query)).tril()[:, None]  # (B, 1, T, T)
     hidden = model.hidden_states(tokens, positions, mask).flatten(0, 1)  # (B * T, C)
     # Only the inputs that predict a target go through the head, which is 50,304 columns wide.
-    rows = CUDA_LOGIT_ROWS if device.type == "cuda" else LOGIT_ROWS
-    for targets, predictors, choices in batch.targets.split(rows, dim=1):
+    rows = CUDA_LOGIT_ROWS if scores.is_cuda else LOGIT_ROWS
+    for predicted, predictors, choices in targets.split(rows, dim=1):
         logits = model.lm_head(hidden[predictors]).float()  # (rows, V)
-        losses = F.cross_entropy(logits, targets, reduction="none")  # (rows)
+        losses = F.cross_entropy(logits, predicted, reduction="none")  # (rows)
         scores.index_add_(0, choices, losses, alpha=-1)
 
 
@@ -364,15 +320,16 @@ def predict(
     """
     requests = [request for example in examples for request in example.requests]
     # Ranks share whole batches: smaller parts would mean more padding.
-    batches = pack_for(device, examples, model.config.context_length)[rank::world_size]
+    batches = pack_for(device, tuple(examples), model.config.context_length)[rank::world_size]
+    # Copied before the first kernel: later, the host would wait for all those in the queue.
+    batches = [(inputs.to(device), targets.to(device)) for inputs, targets in batches]
     scores = torch.zeros(len(requests) * 4, device=device)
     # Autocast keeps the weights it has converted until its end, so it surrounds all batches.
-    with (
-        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-        sdpa_kernel(BACKENDS),
-    ):
-        for batch in tqdm(batches, "HellaSwag", unit="batch", disable=not progress, leave=False):
-            add_log_likelihoods(model, batch, scores)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    bar = tqdm(batches, "HellaSwag", unit="batch", disable=not progress, leave=False)
+    with autocast, sdpa_kernel(BACKENDS):
+        for inputs, targets in bar:
+            add_log_likelihoods(model, inputs, targets, scores)
     if dist.is_initialized():
         # Each score is zero on all ranks but one: the sum is exact for any number of ranks.
         dist.all_reduce(scores)
@@ -386,55 +343,37 @@ def predict(
 
 def check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
     """Raise ValueError for an example with a token that a model's vocabulary lacks."""
-    for example in examples:
-        for request in example.requests:
-            largest = max(map(max, (request.context, *request.choices)))
-            if largest >= vocab_size:
-                raise ValueError(
-                    f"{request.where}: token {largest} is outside the model's vocabulary of"
-                    f" {vocab_size}"
-                )
-
-
-def holds_predictions(path: Path) -> bool:
-    """Whether a file is empty or was written by ``write_predictions``."""
-    with path.open("rb") as file:
-        start = file.read(1024)  # a line has some 60 bytes
-    if not start:
-        return True
-    try:
-        return set(json.loads(start.splitlines()[0])) == {"ind", "label", *CONVENTIONS}
-    except (ValueError, TypeError):
-        return False
+    for request in (request for example in examples for request in example.requests):
+        largest = max(max(tokens) for tokens in (request.context, *request.choices))
+        if largest >= vocab_size:
+            problem = f"token {largest} is outside the model's vocabulary of {vocab_size}"
+            raise ValueError(f"{request.where}: {problem}")
 
 
 def write_predictions(path: Path, examples: Sequence[Example], chosen: Tensor) -> None:
     """A JSON line for each example: its number, its label and the choices of ``predict``."""
-    try:
-        with common.atomic_write(path) as file:
-            for example, choices in zip(examples, chosen.tolist(), strict=True):
-                line: dict[str, Any] = {"ind": example.ind, "label": example.label}
-                line.update(zip(CONVENTIONS, choices, strict=True))
-                file.write(json.dumps(line).encode() + b"\n")
-    except OSError as error:  # whatever it is, the command was right: exit code 1
-        raise OSError(f"--output {path}: the predictions were not written ({error})") from None
+    with atomic_write(path) as file:
+        for example, choices in zip(examples, chosen.tolist(), strict=True):
+            by_convention = dict(zip(CONVENTIONS, choices, strict=True))
+            line = {"ind": example.ind, "label": example.label, **by_convention}
+            file.write(json.dumps(line).encode() + b"\n")
 
 
 def summarize(examples: Sequence[Example], chosen: Tensor) -> dict[str, float | int]:
     """The accuracies of the choices (n, 2, 2) that ``predict`` returns.
 
-    Keys: n; acc and acc_norm (completion); harness_acc and harness_acc_norm; each of the four with
-    _stderr for its standard error, sqrt(p (1 - p) / (n - 1)) as in the harness.
+    Keys: n, acc and acc_norm (completion), harness_acc and harness_acc_norm; and of these four the
+    standard errors, ``acc_stderr`` and so on: sqrt(p (1 - p) / (n - 1)) as in the harness.
     """
     n = len(examples)
     labels = torch.tensor([example.label for example in examples])
-    correct = (chosen.cpu() == labels[:, None, None]).sum(dim=0).tolist()
+    correct = (chosen.cpu() == labels[:, None, None]).sum(dim=0).flatten().tolist()
+    names = [prefix + name for prefix in CONVENTIONS.values() for name in ("acc", "acc_norm")]
     summary: dict[str, float | int] = {"n": n}
-    for prefix, counts in zip(CONVENTIONS.values(), correct, strict=True):
-        for name, count in zip(("acc", "acc_norm"), counts, strict=True):
-            p = count / n
-            summary[f"{prefix}{name}"] = p
-            summary[f"{prefix}{name}_stderr"] = math.sqrt(p * (1 - p) / max(1, n - 1))
+    for name, count in zip(names, correct, strict=True):
+        p = count / n
+        summary[name] = p
+        summary[f"{name}_stderr"] = math.sqrt(p * (1 - p) / max(1, n - 1))
     return summary
 
 
@@ -442,25 +381,26 @@ def summarize(examples: Sequence[Example], chosen: Tensor) -> dict[str, float | 
 
 
 def main() -> None:
-    with common.exit_with_one_line():
-        config = common.parse_options(HellaSwagConfig, description=__doc__)
+    with exit_with_one_line():
+        config = parse(HellaSwagConfig, description=__doc__)
         if problems := config.validate():
             raise ValueError("; ".join(problems))
-        device = common.choose_device(config.device)
-        dtype = common.choose_dtype(config.dtype, device)
+        device = choose_device(config.device)
+        dtype = choose_dtype(config.dtype, device)
         # Before the model, which may be a download of gigabytes, so that mistakes show early.
-        examples = load_examples(config.data, config.split, config.limit)
-        model = open_checkpoint(config.checkpoint, config.verify).to(device)
-        check_vocabulary(examples, model.config.vocab_size)
+        examples = load_examples(config.data, config.split or "validation", config.limit)
+        folder = find_checkpoint(config.checkpoint, config.verify)
+        if config.output is not None and config.output.resolve().parent == folder.resolve():
+            raise ValueError(f"--output {config.output}: the output is in the checkpoint")
+        require_gpt2_tokenizer(folder)
+        model = GPT.from_pretrained(folder).to(device)
         start = time.perf_counter()
         chosen = predict(model, examples, device, dtype=dtype, progress=True)
         summary = summarize(examples, chosen)
         summary["seconds"] = time.perf_counter() - start
-        try:
-            print_summary(summary, config.json, f"{dtype} on {device}")
-        finally:  # one of the two may fail: a full disk, a closed console
-            if config.output is not None:
-                write_predictions(config.output, examples, chosen)
+        print_summary(summary, config.json, f"{dtype} on {device}")
+        if config.output is not None:
+            write_predictions(config.output, examples, chosen)
 
 
 def print_summary(summary: dict[str, float | int], as_json: bool, where: str) -> None:

@@ -9,23 +9,11 @@ Example: python plot.py ours=log lineage=build-nanogpt/log/log.txt --x tokens --
 
 from __future__ import annotations
 
-from common import (
-    Bounds,
-    atomic_write,
-    check_options,
-    exit_with_one_line,
-    parse_options,
-    require_regular_file,
-)
-
-import errno
 import math
 import os
 import re
 import time
-import warnings
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -35,14 +23,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from metrics import Row, RunConfig, parse_row
+from gptxs.cli import exit_with_one_line, number_problems, parse
+from gptxs.files import atomic_write
+from gptxs.metrics import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 XAxis = Literal["steps", "tokens", "hours"]
+Row = dict[str, Any]
 TableRow = tuple[object, ...]
+Runs = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN ...]")]
 
 # Published figures of GPT-2 are those of OpenAI's checkpoint as build-nanogpt measured it (its
 # play.ipynb and hellaswag.py). GPT-3's is from Brown et al. 2020, table H.1, "Small", zero-shot.
@@ -52,14 +44,6 @@ GPT3_SCORES = {"acc_norm": 0.337}
 # data set of a run is known by what the names of its shards begin with.
 GPT2_VAL_LOSS = 3.2924
 FINEWEB_EDU = "edufineweb"
-
-# What the report calls the kinds of lines that take time.
-KIND_NAMES = {
-    "val": "validation",
-    "hellaswag": "HellaSwag",
-    "sample": "samples",
-    "checkpoint": "checkpoints",
-}
 
 # The panels of a picture: the key in the log, the kinds of lines that have it, and the label.
 PANELS = {
@@ -83,44 +67,27 @@ STYLE = {"font.size": 8, "legend.fontsize": 7, "legend.frameon": False, "axes.li
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (9, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# Line widths in points.
-THICK = 1.5
+THICK = 1.5  # width of a line in points
 THIN = 0.7
-NAME_LENGTH = 60  # characters of a run's name that a legend has room for
-
-# The numbers of a run are computed in float32: what is larger than its largest is damaged, and
-# would overflow the scale of an axis.
-MAX_FLOAT32 = float(np.finfo(np.float32).max)
-# No log has such lines or such a size, at 250 bytes a step. Reading more would fill the memory.
-MAX_LINE = 2**24  # characters
-MAX_LOG = 2**32  # bytes
 
 
 @dataclass(frozen=True)
 class PlotConfig:
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN ...]")] = (
-        "log",
-    )
+    runs: Runs = ("log",)
     """Log folders, metrics.jsonl or log.txt files, each optionally as NAME=RUN."""
     out: Path | None = None
     """The picture. Default: plot.png (several runs: overlay.png) in the first run's folder."""
     format: Literal["png", "svg", "pdf"] | None = None
     """Format of the picture. Default: the suffix of --out, else png."""
-    smooth: Annotated[int | None, Bounds(0, 2**31)] = None
+    smooth: int | None = None
     """Logged steps in the moving average; 0 draws raw values only. Default: 2% of the steps."""
     x: XAxis = "steps"
     """Horizontal axis. Hours are running time, without the pauses between processes."""
     watch: bool = False
     """Draw again every 10 seconds while training runs, until Ctrl-C."""
-    show: bool = False
-    """Open a window as well."""
 
 
 # ---- reading a log -------------------------------------------------------------------------------
-
-
-class NothingToDraw(ValueError):
-    """A log without any line that could be drawn, such as that of a run that has just started."""
 
 
 @dataclass
@@ -132,119 +99,86 @@ class RunLog:
 
     name: str
     path: Path
-    rows: dict[str, dict[int, dict[str, Any]]] = field(default_factory=lambda: defaultdict(dict))
-    start: Row | None = None  # the newest process's "run" line
-    config: RunConfig = field(default_factory=RunConfig)  # its configuration
-    dataset: str | None = None  # what the names of its shards begin with, where that is recorded
+    rows: dict[str, dict[int, Row]] = field(default_factory=lambda: defaultdict(dict))
+    start: Row = field(default_factory=dict)  # the newest process's "run" line
+    config: Row = field(default_factory=dict)  # its configuration
     hours: float = 0.0  # from each process's first line to its last, summed
     notes: list[str] = field(default_factory=list)  # what is unusual, for the user
 
     def series(self, kind: str, name: str, x: XAxis = "steps") -> tuple[np.ndarray, np.ndarray]:
-        """Positions and values, (n,) float64 in order of step; NaN where one is missing.
-
-        Raises ValueError when the log does not record the axis ``x``.
-        """
+        """Positions and values, (n,) float64 in order of step; NaN for what is not finite."""
         rows = self.rows[kind].values()
-        xs = as_numbers(row["at"].get(x) for row in rows)
+        xs = np.array([row["at"].get(x) for row in rows], dtype=np.float64)  # None becomes NaN
+        ys = np.array([row.get(name) for row in rows], dtype=np.float64)
         if len(xs) and np.isnan(xs).all():
             raise ValueError(f"{self.path}: its lines do not record {x}; use --x steps")
-        return xs, as_numbers(row.get(name) for row in rows)
+        return xs, np.where(np.isfinite(ys), ys, math.nan)
 
 
-def as_numbers(values: Iterable[Any]) -> np.ndarray:
-    """Values of a log as (n,) float64; NaN for what is not a number, or too large to be one."""
-    # Compared before they become floats: JSON's integers may have any number of digits.
-    numbers = [v if type(v) in (int, float) and abs(v) <= MAX_FLOAT32 else math.nan for v in values]
-    return np.array(numbers, dtype=np.float64)
-
-
-def parse_line(line: str) -> Row | None:
-    """A line of metrics.jsonl or log.txt, or None when it is incomplete or something else."""
-    # The pattern includes the end of the line: without it the number may have lost digits. 15
-    # digits are more than any step has, and what is beyond them is no line of such a log.
-    match = re.fullmatch(r"([0-9]{1,15}) (train|val|hella) (nan|inf|[0-9]+[.]?[0-9]*)\n", line)
-    if match is None:
-        return parse_row(line)
-    step = int(match[1])
-    value = float(match[3])
-    if match[2] == "hella":
-        return Row(kind="hellaswag", step=step, acc_norm=value)
-    return Row(kind=match[2], step=step, loss=value)
-
-
-def find_log(path: Path) -> Path:
-    """The log that a RUN of the command line is: a file, or the one in a folder.
-
-    Raises FileNotFoundError when there is none, ValueError when it cannot be a log.
-    """
-    candidates = [path / "metrics.jsonl", path / "log.txt"] if path.is_dir() else [path]
-    file = next((candidate for candidate in candidates if candidate.exists()), None)
-    if file is None:
-        raise FileNotFoundError(f"{path}: no such run; train first, or give another folder")
-    require_regular_file(file)
-    if file.stat().st_size > MAX_LOG:
-        raise ValueError(f"{file}: {file.stat().st_size:,} bytes are too many for a log")
-    return file
+def read_log_txt(path: Path) -> tuple[list[Row], int]:
+    """A log of build-nanogpt as rows of metrics.jsonl, and the number of lines left out."""
+    # Not in the log: these are constants of build-nanogpt's train_gpt2.py.
+    config = {"batch_tokens": 524_288}
+    rows: list[Row] = [{"kind": "run", "step": 0, "config": config, "dataset": FINEWEB_EDU}]
+    keys = {"train": ("train", "loss"), "val": ("val", "loss"), "hella": ("hellaswag", "acc_norm")}
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    # With the end of the line: without it the number may have lost digits.
+    lines = re.findall(r"^(\d+) (train|val|hella) (nan|inf|\d+\.?\d*)\n", text, re.MULTILINE)
+    for step, word, value in lines:
+        kind, key = keys[word]
+        rows.append({"kind": kind, "step": int(step), key: float(value)})
+    return rows, len(re.findall(r".*\S", text)) - len(lines)
 
 
 def read_metrics(path: Path | str, name: str | None = None) -> RunLog:
     """Read a log folder, a metrics.jsonl or a log.txt; the last line of a (kind, step) counts.
 
-    Raises FileNotFoundError when there is no log, NothingToDraw when no step is in it, and
-    ValueError when it cannot be a log.
+    Raises FileNotFoundError without a log or a step in it, and ValueError for any other file.
     """
-    file = find_log(Path(path))
-    # A name may be anything: matplotlib cannot draw line breaks and what is not Unicode.
-    shown = name or file.resolve().parent.name
-    run = RunLog(name="".join(c if c.isprintable() else "?" for c in shown), path=file)
-    if file.suffix == ".txt":
-        # Not in the log: these are constants of build-nanogpt's train_gpt2.py.
-        run.config = {"batch_tokens": 524_288}
-        run.dataset = FINEWEB_EDU
+    path = Path(path).expanduser()
+    files = [path / "metrics.jsonl", path / "log.txt"] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{path}: no such run; train first, or give another folder")
+    run = RunLog(name=name or file.resolve().parent.name, path=file)
+    logged, skipped = read_rows(file)
+    if not logged:
+        logged, skipped = read_log_txt(file)
+        # Less than a line may be one that is just being written.
+        if len(logged) == 1 and skipped and b"\n" in file.read_bytes():
+            raise ValueError(f"{file}: no line is recognised; give a metrics.jsonl or a log.txt")
+    if skipped:
+        run.notes.append(f"torn or unreadable lines left out: {skipped}")
 
-    # A process that is killed may leave half a line, or an incomplete character in UTF-8.
-    with file.open(encoding="utf-8", errors="replace") as log:
-        lines = iter(lambda: log.readline(MAX_LINE), "")
-        parsed = [parse_line(line) for line in lines if line.strip()]
-    if None in parsed:
-        run.notes.append(f"torn or unreadable lines left out: {parsed.count(None)}")
-
-    rows: list[dict[str, Any]] = []
     # Later than any line: nothing ran before the first line of a process.
     previous_time = math.inf
-    for row in filter(None, parsed):
+    for row in logged:
         step = row["step"]
         if row["kind"] == "run":
             if row.get("resumed_from"):
                 run.notes.append(f"resumed from {row['resumed_from']}")
                 # The new process computes the steps after its checkpoint again.
-                rows = [old for old in rows if old["step"] <= step]
+                for kind, old in run.rows.items():
+                    run.rows[kind] = {number: old[number] for number in old if number <= step}
             else:
-                rows = []
+                run.rows.clear()
                 run.hours = 0.0
             run.start = row
             run.config = row.get("config", {})
-            # Versions before this key did not record what they trained on.
-            run.dataset = row.get("dataset")
             previous_time = math.inf
         at: dict[str, float] = {"steps": step}
-        batch_tokens = run.config.get("batch_tokens")
-        if batch_tokens is not None:
+        if batch_tokens := run.config.get("batch_tokens"):
             at["tokens"] = step * batch_tokens
         if "time" in row:
             # Not below 0, in case the clock was set back.
             run.hours += max(0.0, row["time"] - previous_time) / 3600
             previous_time = row["time"]
             at["hours"] = run.hours
-        rows.append({**row, "at": at})
-    for logged in sorted(rows, key=lambda logged: logged["step"]):
-        run.rows[logged["kind"]][logged["step"]] = logged
-
+        run.rows[row["kind"]][step] = {**row, "at": at}
     if not any(run.rows[kind] for kind in ("train", "val", "hellaswag")):
-        raise NothingToDraw(f"{file}: nothing to draw in it yet; wait for the first step, or train")
+        raise FileNotFoundError(f"{file}: no step in it yet; wait for the first one, or train")
     steps, losses = run.series("train", "loss")
-    lost = steps[~np.isfinite(losses)]
-    if len(lost):
+    if len(lost := steps[np.isnan(losses)]):
         run.notes.append(f"steps without a finite loss: {len(lost)}, first {lost[0]:.0f}")
     return run
 
@@ -253,38 +187,11 @@ def read_metrics(path: Path | str, name: str | None = None) -> RunLog:
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred average over (n,) values; those that are not finite do not count."""
-    window = min(window, len(values))
-    finite = np.isfinite(values)
-    counts = moving_sum(finite.astype(np.float64), window)
-    sums = moving_sum(np.where(finite, values, 0.0), window)
+    """Centred average over ``window`` <= n of (n,) values; those that are NaN do not count."""
+    known = np.isfinite(values)
+    sums = np.convolve(np.where(known, values, 0.0), np.ones(window), mode="same")
+    counts = np.convolve(known, np.ones(window), mode="same")
     return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
-
-
-def moving_sum(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred sums over (n,) values, in n log(window) additions.
-
-    Unlike in differences of cumulative sums, one very large value costs the others no precision.
-    """
-    # terms[i] is the sum of the ``size`` values from i on. The window is put together from the
-    # powers of two of which it is the sum.
-    terms = np.pad(values, (window // 2, max(0, window - 1) // 2))
-    sums = np.zeros(len(values))
-    position = 0
-    size = 1
-    while size <= window:
-        if window & size:
-            sums += terms[position : position + len(values)]
-            position += size
-        terms = terms[:-size] + terms[size:]
-        size *= 2
-    return sums
-
-
-def standard_error(accuracy: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Of the proportion of ``n`` examples; NaN where they are not known, or not a proportion."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.sqrt(accuracy * (1 - accuracy) / n)
 
 
 def draw_reference(ax: Axes, value: float, name: str, dashes: str) -> None:
@@ -296,10 +203,10 @@ def draw_reference(ax: Axes, value: float, name: str, dashes: str) -> None:
 
 def format_count(value: float, position: int | None = None) -> str:
     """5k steps, 1.3M tokens/s, 10B tokens; the second parameter is matplotlib's."""
-    from matplotlib.ticker import EngFormatter
-
-    # EngFormatter would write 500m for 0.5, and 10G for what is called 10 billion tokens.
-    return f"{value:g}" if 0 < value < 1 else EngFormatter(sep="")(value).replace("G", "B")
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
 
 
 def add_panels(figure: Figure, runs: list[RunLog]) -> dict[str, Any]:
@@ -309,9 +216,7 @@ def add_panels(figure: Figure, runs: list[RunLog]) -> dict[str, Any]:
         for key, (kinds, _) in PANELS.items()
         if any(np.isfinite(run.series(kind, key)[1]).any() for run in runs for kind in kinds)
     ]
-    beside: dict[str, str] = {}  # the panel's key by that of the axis at its right
-    if len(runs) == 1:
-        beside = {key: BESIDE[key] for key in logged if BESIDE.get(key) in logged}
+    beside = [key for key, left in BESIDE.items() if len(runs) == 1 and {key, left} <= {*logged}]
     panels = [key for key in logged if key not in beside] or ["loss"]
     columns = 1 if len(panels) <= 2 else 2
     # The first of an odd number is as wide as the page.
@@ -321,7 +226,8 @@ def add_panels(figure: Figure, runs: list[RunLog]) -> dict[str, Any]:
     axes: dict[str, Any] = figure.subplot_mosaic(mosaic, sharex=True)
     for key, ax in axes.items():
         ax.set_ylabel(PANELS[key][1])
-    for right, left in beside.items():
+    for right in beside:
+        left = BESIDE[right]
         axes[right] = axes[left].twinx()
         axes[right].set_label(right)
         for key, color, width in ((left, COLORS[0], "thick"), (right, COLORS[1], "thin")):
@@ -343,29 +249,20 @@ def add_legends(figure: Figure, runs: list[RunLog], handles: list[Any], loss: An
         return
     for line in below.legend_handles:
         line.set(color="0.35", linestyle="-", alpha=None)  # this legend is of no run in particular
-    names = [f"{r.name[:NAME_LENGTH]}..." if len(r.name) > NAME_LENGTH else r.name for r in runs]
+    # A legend has the width for 60 characters, and leaves out names that begin with "_".
+    names = [" " * run.name.startswith("_") + run.name[-60:] for run in runs]
     # A character is up to 5 points wide, and what stands around a name 35.
     ncols = int(72 * FIGURE_INCHES[0] / (35 + 5 * max(map(len, names))))
-    numbers = [str(number) for number in range(len(runs))]
-    above = figure.legend(handles, numbers, loc="outside upper center", ncols=min(4, ncols))
-    for text, name in zip(above.get_texts(), names, strict=True):
-        # Not as labels above: matplotlib skips those that begin with "_". Nor is "$" a formula.
-        text.set_parse_math(False)
-        text.set_text(name)
+    figure.legend(handles, names, loc="outside upper center", ncols=min(4, ncols))
 
 
 def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> None:
-    """Fill an empty figure with a panel for each of ``PANELS`` that any of the runs has logged.
-
-    Raises ValueError when a log does not record the axis ``x``.
-    """
+    """Fill an empty figure with a panel for each of ``PANELS`` that any of the runs has logged."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator
 
     figure.set_layout_engine("constrained")
     axes = add_panels(figure, runs)
-    loss = axes.get("loss")
-    hellaswag = axes.get("acc_norm")
     if norm := axes.get("grad_norm"):
         # Before the lines: they may fix the range of an axis, and a linear one may begin below 0.
         norm.set_yscale("log")
@@ -388,10 +285,8 @@ def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> No
             for kind in PANELS[key][0]:
                 xs, ys = run.series(kind, key, x)
                 if kind != "train":
-                    # Every marker of a long run would touch the next.
-                    sparse = len(xs) // 25 + 1
-                    label = f"{run.name}: {kind}"
-                    ax.plot(xs, ys, lw=THIN, label=label, markevery=sparse, **marks)
+                    sparse = len(xs) // 25 + 1  # every marker of a long run would touch the next
+                    ax.plot(xs, ys, lw=THIN, label=f"{run.name}: {kind}", markevery=sparse, **marks)
                     continue
                 label = f"{run.name}: {key}"
                 # A schedule has no noise, but corners that an average would round.
@@ -400,17 +295,14 @@ def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> No
                     ys = moving_average(ys, window)
                     label += ", smoothed"
                 ax.plot(xs, ys, lw=THIN if key in BESIDE else THICK, label=label)
-        if hellaswag:
-            # The standard error of a proportion. A log.txt does not record the number of examples
-            # n: the error is then NaN, and not drawn.
-            xs, acc = run.series("hellaswag", "acc_norm", x)
-            error = standard_error(acc, run.series("hellaswag", "n", x)[1])
-            hellaswag.fill_between(xs, acc - error, acc + error, alpha=raw_alpha / 2, lw=0)
-    add_legends(figure, runs, handles, loss)
+            if key == "acc_norm":
+                _, error = run.series("hellaswag", "acc_norm_stderr", x)  # NaN in a log.txt
+                ax.fill_between(xs, ys - error, ys + error, alpha=raw_alpha / 2, lw=0)
+    add_legends(figure, runs, handles, axes.get("loss"))
 
     # A scale of tokens above the steps, if a step has as many tokens in all runs.
     batches = {run.config.get("batch_tokens") for run in runs}
-    tokens = next(iter(batches)) if len(batches) == 1 else None
+    tokens = batches.pop() if len(batches) == 1 else None
     for key, ax in axes.items():
         ax.xaxis.set_major_formatter(format_count)
         if key in ("lr", "grad_norm", "tokens_per_s"):
@@ -424,20 +316,18 @@ def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> No
             top = ax.secondary_xaxis("top", functions=(lambda s: s * tokens, lambda t: t / tokens))
             top.set_xlabel("tokens")
             top.xaxis.set_major_formatter(format_count)
-
-    if loss:
-        # The range of the losses without the steep beginning, a twentieth of all points, which
-        # would flatten what follows.
+    if loss := axes.get("loss"):
+        # Without the steep beginning, a twentieth of all points, which would flatten the rest.
         losses = np.concatenate([line.get_ydata() for line in loss.lines])
         losses = losses[np.isfinite(losses)]
         low, high = np.percentile(losses if len(losses) else [GPT2_VAL_LOSS], (0.1, 95))
-        if any(run.dataset == FINEWEB_EDU for run in runs):
+        if any(run.start.get("dataset") == FINEWEB_EDU for run in runs):
             draw_reference(loss, GPT2_VAL_LOSS, "GPT-2 124M,\nFineWeb-Edu,\nT=1024", dashes="-.")
             low = min(low, GPT2_VAL_LOSS)
             high = max(high, GPT2_VAL_LOSS)
         margin = 0.06 * (high - low) + 0.01
         loss.set_ylim(low - margin, high + margin)
-    if hellaswag:
+    if hellaswag := axes.get("acc_norm"):
         # One of HellaSwag's four endings is the right one.
         draw_reference(hellaswag, 0.25, "chance", dashes=":")
         draw_reference(hellaswag, GPT2_SCORES["acc_norm"], "GPT-2\n124M", dashes="-.")
@@ -446,34 +336,20 @@ def draw(figure: Figure, runs: list[RunLog], x: XAxis, smooth: int | None) -> No
 
 def plot(runs: list[RunLog], out: Path, x: XAxis = "steps", smooth: int | None = None) -> None:
     """Draw the runs into ``out``, a .png, .svg or .pdf; this needs no display."""
-    require_matplotlib()
     from matplotlib import style
     from matplotlib.figure import Figure
 
     # pyplot.figure() would keep every picture of --watch in memory.
     figure = Figure(FIGURE_INCHES)
-    with style.context(STYLE), warnings.catch_warnings():
-        # Matplotlib warns about characters that the font lacks, and panels without room.
-        warnings.filterwarnings("ignore", category=UserWarning)
+    with style.context(STYLE):
         draw(figure, runs, x, smooth)
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(out) as file:
             figure.savefig(file, format=out.suffix.removeprefix("."), dpi=200)
 
 
-def require_matplotlib() -> None:
-    """Raise ValueError that says how to install matplotlib where it is missing."""
-    try:
-        import matplotlib  # noqa: F401 - only whether it is there
-    except ImportError as error:
-        raise ValueError(f"no matplotlib ({error}): pip install -r requirements.txt") from None
-
-
 def plot_run(log_dir: Path | str) -> None:
-    """Write plot.png and report.md into a log folder.
-
-    Raises what ``read_metrics`` does, and OSError when they cannot be written.
-    """
+    """Write plot.png and report.md into a log folder; raises what ``read_metrics`` does."""
     run = read_metrics(log_dir)
     picture = Path(log_dir) / "plot.png"
     plot([run], picture)
@@ -483,23 +359,14 @@ def plot_run(log_dir: Path | str) -> None:
 # ---- the report ----------------------------------------------------------------------------------
 
 
-def cell_text(value: object) -> str:
-    """A value of a log as text."""
-    try:
-        return str(value)
-    except (RecursionError, ValueError):  # nested too deep, or an integer of too many digits
-        return "(too large to show)"
-
-
 def markdown_table(rows: list[TableRow]) -> str:
     """A Markdown table headed by its first row; shorter rows end in empty cells."""
-    width = len(rows[0])
     lines = []
     for row in rows:
-        cells = [cell_text(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
-        cells += [""] * (width - len(cells))
+        padded = [*row, *[""] * (len(rows[0]) - len(row))]
+        cells = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in padded]
         lines.append(f"| {' | '.join(cells)} |")
-    lines.insert(1, "|---" * width + "|")
+    lines.insert(1, "|---" * len(rows[0]) + "|")
     return "\n".join(lines)
 
 
@@ -511,31 +378,25 @@ def result_rows(run: RunLog) -> list[TableRow]:
         steps_done = max(run.rows["train"]) + 1
         max_steps = run.config.get("max_steps")
         rows.append(("steps", f"{steps_done:,}{f' of {max_steps:,}' if max_steps else ''}"))
-        batch_tokens = run.config.get("batch_tokens")
-        if batch_tokens is not None:
+        if batch_tokens := run.config.get("batch_tokens"):
             rows.append(("training tokens", f"{steps_done * batch_tokens:,}"))
     recent = losses[-100:]
     if np.isfinite(recent).any():
         rows.append((f"training loss, last {len(recent)} steps", f"{np.nanmean(recent):.4f}"))
     steps, losses = run.series("val", "loss")
     if len(losses):
-        gpt2 = GPT2_VAL_LOSS if run.dataset == FINEWEB_EDU else ""
+        gpt2 = GPT2_VAL_LOSS if run.start.get("dataset") == FINEWEB_EDU else ""
         rows.append((f"validation loss, step {steps[-1]:,.0f}", f"{losses[-1]:.4f}", gpt2))
     if run.rows["hellaswag"]:
         step, scores = max(run.rows["hellaswag"].items())
-        (n,) = as_numbers([scores.get("n")])
-        examples = f", {n:,.0f} examples" if n > 0 else ""
+        examples = f", {scores['n']:,} examples" if "n" in scores else ""
         for name, gpt2_score in GPT2_SCORES.items():
-            # Versions before harness_acc did not record it, nor any standard error.
-            names = (name, f"{name}_stderr")
-            score, error = as_numbers(scores.get(key) for key in names)
-            if np.isnan(score):
-                continue
-            if np.isnan(error):
-                error = standard_error(score, n)
-            value = f"{score:.4f}" if np.isnan(error) else f"{score:.4f} ± {error:.4f}"
+            if name not in scores:
+                continue  # a log.txt has acc_norm alone
+            error = f" ± {scores[f'{name}_stderr']:.4f}" if f"{name}_stderr" in scores else ""
             what = f"HellaSwag {name}, step {step:,}{examples}"
-            rows.append((what, value, gpt2_score, GPT3_SCORES.get(name, "")))
+            score = f"{scores[name]:.4f}{error}"
+            rows.append((what, score, gpt2_score, GPT3_SCORES.get(name, "")))
     return rows
 
 
@@ -554,40 +415,32 @@ def speed_rows(run: RunLog) -> list[TableRow]:
             rows.append((what, format(statistic(values), form)))
 
     seconds: dict[str, float] = {}
-    for kind, rows_by_step in run.rows.items():
-        logged = as_numbers(row.get("seconds") for row in rows_by_step.values())
-        seconds[KIND_NAMES.get(kind, kind)] = float(np.nansum(logged))
-    _, ms = run.series("train", "ms")
+    names = {"val": "validation", "hellaswag": "HellaSwag"}
+    for kind in list(run.rows):
+        seconds[names.get(kind, f"{kind}s")] = float(np.nansum(run.series(kind, "seconds")[1]))
+    steps, ms = run.series("train", "ms")
     if np.isfinite(ms).any():
         # What a process's first step takes beyond others is mostly the compiler's time. It has the
         # number of the step at which the process started.
-        first_steps = run.rows["run"].keys() & run.rows["train"].keys()
-        first_ms = as_numbers(run.rows["train"][step].get("ms") for step in first_steps)
+        first_ms = ms[np.isin(steps, list(run.rows["run"]))]
         extra = max(0.0, float(np.nansum(first_ms - np.nanmedian(ms)))) / 1000
         seconds["first steps beyond the median (compile)"] = extra
         seconds["training"] = float(np.nansum(ms)) / 1000 - extra
-    parts = sum(seconds.values())
     # The system's clock, unlike that of the parts, may be set back.
-    total = max(run.hours * 3600, parts)
-    seconds["other"] = total - parts
-    rows.append(("time, all", f"{total:,.1f} s"))
+    total = max(run.hours * 3600, sum(seconds.values()))
+    seconds["other"] = total - sum(seconds.values())
+    rows += [("time, all", f"{total:,.1f} s")] if total else []  # a log.txt has no times
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
-        # Less than that would be printed as 0.0.
-        if value >= 0.05:
+        if value >= 0.05:  # less would be printed as 0.0
             rows.append((f"time, {name}", f"{value:,.1f} s ({value / total:.1%})"))
     return rows
 
 
 def report(run: RunLog, picture: Path) -> Path:
-    """Write report.md beside the run's picture.
-
-    Raises ValueError when the log has no "run" line, as a log.txt never has.
-    """
-    if run.start is None:
-        raise ValueError(f"{run.path}: no line of kind run in it, so there is no report")
+    """Write report.md beside the run's picture."""
     # The line itself last: its device and dtype are what "auto" in the configuration has become.
     model = run.config.get("model", {})
-    settings: dict[str, Any] = {**run.config, **model, **run.start.get("versions", {}), **run.start}
+    settings: Row = {**run.config, **model, **run.start.get("versions", {}), **run.start}
     if "time" in run.start:
         settings["started"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.start["time"]))
     for name in ("kind", "step", "time", "config", "model", "versions"):
@@ -602,109 +455,65 @@ def report(run: RunLog, picture: Path) -> Path:
         markdown_table([("setting", "value"), *settings.items()]),
         *(f"Note: {note}." for note in run.notes),
     ]
-    # The last sample of each prompt: a run that was resumed may have had another one before.
-    samples = {row.get("prompt"): row for row in run.rows["sample"].values()}
-    for row in samples.values():
+    for step, row in list(run.rows["sample"].items())[-1:]:
         # Indented by four, a text is shown as it is.
-        parts.append(f"Sample of step {row['step']:,}:")
-        parts.append("    " + row.get("text", "").replace("\n", "\n    "))
+        parts.append(f"Sample of step {step:,}:")
+        parts.append("    " + row["text"].replace("\n", "\n    "))
     out = picture.with_name("report.md")
     with atomic_write(out) as file:
-        # JSON's strings may hold lone surrogates, which UTF-8 cannot encode.
-        file.write(("\n\n".join(parts) + "\n").encode(errors="replace"))
+        file.write(("\n\n".join(parts) + "\n").encode(errors="replace"))  # lone surrogates
     return out
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
-def read_runs(arguments: tuple[str, ...]) -> list[RunLog]:
-    """The runs that the command line names as RUN or NAME=RUN."""
-    runs = []
-    for argument in arguments:
-        name, _, path = argument.rpartition("=")
-        # A path may itself contain "=". Unlike pathlib's, this exists() answers for any text.
-        if os.path.exists(argument):
-            name = ""
-            path = argument
-        runs.append(read_metrics(path, name or None))
-    return runs
-
-
-def choose_picture(config: PlotConfig, runs: list[RunLog]) -> Path:
-    """The file of the picture. Raises ValueError when it cannot be written or is an input."""
-    out = config.out or runs[0].path.with_name("plot.png" if len(runs) == 1 else "overlay.png")
-    suffixes = (".png", ".svg", ".pdf")
-    if config.format is not None and out.name:
-        name = out.stem if out.suffix in suffixes else out.name  # which may contain dots
-        out = out.with_name(f"{name}.{config.format}")
-    if out.suffix not in suffixes:
-        raise ValueError(f"--out {out} must end in .png, .svg or .pdf; or give a --format")
-    if out.exists():
-        if not out.is_file():
-            raise ValueError(f"--out {out} is not a regular file; give another")
-        if any(out.samefile(run.path) for run in runs):
-            raise ValueError(f"--out {out} is the log itself; give another")
-    return out
-
-
 def draw_once(config: PlotConfig) -> None:
-    """Read the runs, write the picture and, for a single run of ours, the report."""
-    runs = read_runs(config.runs)
-    out = choose_picture(config, runs)
-    try:
-        plot(runs, out, config.x, config.smooth)
-        print(f"wrote {out}")
-        # With --out elsewhere nothing but the picture is written.
-        beside = out.resolve().parent == runs[0].path.resolve().parent
-        is_report = runs[0].path.name == "report.md"  # a log may have any name
-        if len(runs) == 1 and runs[0].start is not None and beside and not is_report:
-            print(f"wrote {report(runs[0], out)}")
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
-            raise
-        raise ValueError(f"cannot write {out} ({error.strerror}); give another --out") from None
+    """Read the runs, write the picture and, for a single run, the report."""
+    runs = []
+    for argument in config.runs:
+        name, _, path = argument.rpartition("=")
+        if os.path.exists(argument):  # a path may itself contain "="
+            name, path = "", argument
+        runs.append(read_metrics(path, name or None))
+    # Folders of the same name, such as log, are told apart by the paths to them.
+    names = Counter(run.name for run in runs)
+    for run, argument in zip(runs, config.runs, strict=True):
+        if names[run.name] > 1:
+            run.name = argument
+
+    out = config.out or runs[0].path.with_name("plot" if len(runs) == 1 else "overlay")
+    suffix = config.format or out.suffix.removeprefix(".") or "png"
+    if out.suffix != f".{suffix}":
+        out = out.with_name(f"{out.name}.{suffix}")
+    plot(runs, out, config.x, config.smooth)
+    print(f"wrote {out}", flush=True)
+    # With --out elsewhere nothing but the picture is written.
+    if len(runs) == 1 and out.resolve().parent == runs[0].path.resolve().parent:
+        print(f"wrote {report(runs[0], out)}")
     for run in runs:
         for note in run.notes:
             print(f"{run.name}: {note}")
-    if config.show:
-        from matplotlib import pyplot
-
-        if pyplot.get_backend().lower() == "agg":
-            raise ValueError(f"--show: no window system here; look at {out} instead")
-        pyplot.style.use(STYLE)  # not for this block only: the window draws after it
-        draw(pyplot.figure("GPT-xs", FIGURE_INCHES, clear=True), runs, config.x, config.smooth)
-        if not config.watch:
-            pyplot.show()
-
-
-def watch(config: PlotConfig) -> None:
-    """Draw again every 10 seconds, until Ctrl-C. A log that is not there yet is waited for."""
-    while True:
-        try:
-            draw_once(config)
-        except (FileNotFoundError, NothingToDraw) as error:
-            print(f"waiting: {error}", flush=True)
-        if config.show:
-            from matplotlib import pyplot
-
-            pyplot.pause(10.0)  # and let the window react to the user
-        else:
-            time.sleep(10.0)
+        if config.smooth and not run.rows["train"]:
+            print(f"{run.name}: no training step is logged, so that --smooth has no effect")
+        if config.watch and len(run.rows["train"]) >= run.config.get("max_steps", math.inf):
+            print(f"{run.name}: all steps are made, so that --watch has no effect", flush=True)
 
 
 def main() -> None:
     with exit_with_one_line():
-        config = parse_options(PlotConfig, description=__doc__)
-        if problems := check_options(config):
+        config = parse(PlotConfig, description=__doc__)
+        if problems := number_problems(config):
             raise ValueError("; ".join(problems))
-        require_matplotlib()
         if not config.watch:
             draw_once(config)
-            return
-        # Ctrl-C is the way to end --watch, and so no failure.
-        with suppress(KeyboardInterrupt):
-            watch(config)
+        with suppress(KeyboardInterrupt):  # the way to end --watch, and so no failure
+            while config.watch:
+                try:
+                    draw_once(config)
+                except FileNotFoundError as error:  # the run is still to begin
+                    print(f"waiting: {error}", flush=True)
+                time.sleep(10.0)
 
 
 if __name__ == "__main__":

@@ -10,64 +10,48 @@ models. Steps count from 0: step s follows s optimizer updates, and its logged l
 weights before its own update.
 """
 
-from common import (
-    END_OF_TEXT,
-    Bounds,
-    DistInfo,
-    DtypeName,
-    FolderLock,
-    check_options,
-    choose_dtype,
-    exit_with_one_line,
-    first_line,
-    lock_folder,
-    parse_options,
-    require_regular_file,
-)
+from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import gc
 import hashlib
 import importlib.util
 import json
 import math
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import torch
-import torch._functorch.config
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
 import dataset
 import hellaswag
-import metrics
 import plot
-from data_loader import StepLayout, TokenDataset, TokenLoader
-from eval import Sampler, SamplingOptions, encode_prompt, validation_loss
-from metrics import MetricsLogger
-from model import GPT, GPTConfig, read_shape, weights_sha256
-from optim import OptimizerName, Schedule, build_optimizer, learning_rate, wrap_ddp
+from data_loader import StepLayout, TokenDataset, TokenLoader, ignored_files
+from eval import SamplingOptions, encode_prompt, generate, validation_loss
+from gptxs import checkpoint, hf, metrics, shards
+from gptxs.cli import exit_with_one_line, first_line, number_problems, parse
+from gptxs.compiler import compile_model, compiler_problem, is_compile_error, profile_steps
+from gptxs.distributed import DistInfo, DtypeName, StopSignal, choose_dtype, wrap_ddp
+from gptxs.files import lock_folder
+from gptxs.metrics import MetricsLogger, StepStats
+from gptxs.optim import OptimizerName, Schedule, build_optimizer, learning_rate
+from gptxs.tokenizer import END_OF_TEXT, VOCAB_SIZE, get_tokenizer
+from model import GPT, GPTConfig
 
 Preset = Literal["gpt-xs", "quickstart", "finetune", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
-# Consecutive updates skipped before the run ends with an error; overflows in fp16 do not count.
-MAX_SKIPPED = 10
-# Of several ranks, when one may be gone: torchrun kills the others 30 s after its SIGTERM.
-HANG_SECONDS = 20.0
+MAX_SKIPPED = 10  # consecutive bad gradients that end the run; overflows in fp16 do not count
 CPU_COMPILE_STEPS = 200  # compiling takes a CPU about a minute: fewer steps do not recoup it
-FIRST_TRACED_STEP = 5  # with --profile, counted from 1: earlier ones compile and allocate
-# Those that determine the learning rate of a step.
-SCHEDULE_SETTINGS = ("schedule", "cooldown", "max_steps", "warmup_steps", "max_lr", "min_lr")
+FINETUNE_CONTEXT = 512  # tokens: a longer context of the source is cropped to that
 # Ranks may differ in these: paths on their machines, and what rank 0 alone uses.
 LOCAL_SETTINGS = ("data_dir", "log_dir", "hellaswag_data", "device", "tensorboard", "wandb")
-
-Count = Annotated[int, Bounds(0, 10**9)]  # of steps or files; 0 stands for none
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -82,7 +66,7 @@ class TrainConfig:
     512 tokens of its context, on a few million tokens of your own. gpt2, gpt2-medium, gpt2-large,
     gpt2-xl: OpenAI's four sizes with their context of 1024."""
     data_dir: Path = Path("edu_fineweb10B")
-    """Folder of token shards, as dataset.py writes them."""
+    """Folder of token shards: dataset.py's, or the .bin files of llm.c and nanoGPT."""
     log_dir: Path = Path("log")
     """Folder to write to: metrics.jsonl, step_*/ checkpoints, plot.png, report.md."""
     resume: bool = False
@@ -93,52 +77,52 @@ class TrainConfig:
     A checkpoint in --log-dir counts first with --resume."""
     model: GPTConfig = field(default_factory=GPTConfig)
 
-    batch_tokens: Annotated[int, Bounds(1, 2**40)] = 524_288
+    batch_tokens: int = 524_288
     """Tokens in a step, over all devices."""
-    micro_batch: Annotated[int, Bounds(1, 2**20)] = 64
+    micro_batch: int = 64
     """Sequences per device and micro-step; gradients are accumulated to --batch-tokens."""
-    max_steps: Annotated[int, Bounds(1, 10**9)] = 19_073
+    max_steps: int = 19_073
     """Optimizer updates in the whole run."""
     optimizer: OptimizerName = "adamw"
     """adamw; or muon for the matrices of the blocks, and AdamW for everything else."""
-    muon_lr_scale: Annotated[float, Bounds(0, 1000)] = 3.0
+    muon_lr_scale: float = 3.0
     """Muon's learning rate as a multiple of AdamW's."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after the warm-up: cosine or linear; wsd: constant, then linear
     over the last --cooldown of the steps."""
-    cooldown: Annotated[float, Bounds(0, 1)] = 0.4
+    cooldown: float = 0.4
     """The share of --max-steps in which the schedule wsd decays."""
-    warmup_steps: Count = 715
+    warmup_steps: int = 715
     """Updates of linear warm-up before the decay."""
-    max_lr: Annotated[float, Bounds(0, 100)] = 6e-4
+    max_lr: float = 6e-4
     """Peak learning rate, at the end of the warm-up."""
-    min_lr: Annotated[float, Bounds(0, 100)] = 6e-5
+    min_lr: float = 6e-5
     """Learning rate of the last update."""
-    weight_decay: Annotated[float, Bounds(0, 100)] = 0.1
+    weight_decay: float = 0.1
     """Weight decay, on tensors of 2 or more dimensions."""
-    grad_clip: Annotated[float, Bounds(1e-9, 1e9)] = 1.0
+    grad_clip: float = 1.0
     """Maximum norm of the gradient; a larger gradient is scaled down to it."""
 
-    val_every: Count = 250
+    val_every: int = 250
     """Steps between validation losses; 0 disables them, as for every interval below."""
-    val_tokens: Annotated[int, Bounds(0, 2**50)] = 10_485_760
+    val_tokens: int = 10_485_760
     """Validation tokens, the same ones each time."""
-    hellaswag_every: Count = 250
+    hellaswag_every: int = 250
     """Steps between HellaSwag evaluations."""
     hellaswag_data: Path | None = None
-    """HellaSwag as a JSONL file. Default: Rowan/hellaswag from the Hugging Face hub."""
-    sample_every: Count = 1000
+    """HellaSwag as a JSONL, JSON or Parquet file. Default: Rowan/hellaswag from the hub."""
+    sample_every: int = 1000
     """Steps between samples."""
     sample_prompt: str = "Hello, I'm a language model,"
     """The text that the samples continue."""
-    checkpoint_every: Count = 1000
+    checkpoint_every: int = 250
     """Steps between checkpoints. Unless this is 0 there is also one at the end of the run."""
-    keep_checkpoints: Count = 3
+    keep_checkpoints: int = 3
     """Newest checkpoints to keep; 0: all."""
 
     shuffle: bool = True
     """Read the data in a seeded random order, a new one each epoch; otherwise as it is stored."""
-    seed: Annotated[int, Bounds(-(2**63), 2**64 - 1)] = 1337
+    seed: int = 1337
     """Seed of the initial weights, the order of the data and the samples."""
     device: str = "auto"
     """cuda, cuda:1, mps or cpu; auto: the machine's accelerator, or the CPU without one."""
@@ -147,15 +131,15 @@ class TrainConfig:
     other GPUs. The loss is scaled for fp16, and steps whose gradient overflows are skipped."""
     compile: bool = True
     """Compile the training step; on a CPU only if at least 200 steps remain, on mps never."""
-    recompute: Annotated[float, Bounds(0, 1)] = 0.0
+    recompute: float = 0.0
     """Share of the blocks that are computed again in the backward pass, instead of keeping their
     activations: less memory for more time."""
-    loss_rows: Annotated[int | None, Bounds(0, 2**40)] = None
+    loss_rows: int | None = None
     """Tokens per chunk of the loss, which bounds the memory of the logits. Default: by device; 0:
     no chunks, the plain loss."""
     bf16_grads: bool = False
     """Exchange gradients in bf16: half the traffic between devices, less exact sums."""
-    profile: Annotated[int, Bounds(0, 10_000)] = 0
+    profile: int = 0
     """Trace this many steps with torch.profiler into trace_rank*.json of the log folder."""
     deterministic: bool = False
     """Use deterministic algorithms only: a GPU then repeats a run bit for bit."""
@@ -166,58 +150,48 @@ class TrainConfig:
 
     def validate(self, world_size: int) -> list[str]:
         """One message for each problem of these settings with ``world_size`` processes."""
-        problems = check_options(self)
-        add = problems.append
-        # The shape's own ranges are among those above; the rest needs a shape within them.
-        problems += [problem for problem in self.model.validate() if problem not in problems]
-        if self.warmup_steps > self.max_steps:
-            add(f"warmup_steps {self.warmup_steps} must not exceed max_steps {self.max_steps}")
+        problems = number_problems(self, at_least_one=("batch_tokens", "micro_batch", "max_steps"))
+        problems += self.model.validate()
+        if problems:  # the rest needs numbers that are ones
+            return problems
         context = self.model.context_length
         micro_step_tokens = self.micro_batch * context * world_size  # over all processes
-        if micro_step_tokens > 0 and self.batch_tokens % micro_step_tokens != 0:
+        if self.batch_tokens % micro_step_tokens != 0:
             nearest = max(1, round(self.batch_tokens / micro_step_tokens)) * micro_step_tokens
-            add(
+            problems.append(
                 f"batch_tokens {self.batch_tokens} must be a multiple of {micro_step_tokens}"
                 f" (micro_batch {self.micro_batch} x context_length {context} x {world_size}"
-                f" processes);"
-                f" nearest: {nearest}"
+                f" processes); nearest: {nearest}"
+            )
+        if self.warmup_steps > self.max_steps:
+            problems.append(
+                f"warmup_steps {self.warmup_steps} must not exceed max_steps {self.max_steps}"
             )
         if self.min_lr > self.max_lr:
-            add(f"min_lr {self.min_lr} must be between 0 and max_lr {self.max_lr}")
-        if self.profile > 0 and self.max_steps < FIRST_TRACED_STEP:
-            add(
-                f"profile traces from step {FIRST_TRACED_STEP} on; max_steps {self.max_steps} ends"
-                " before it"
-            )
+            problems.append(f"min_lr {self.min_lr} must not exceed max_lr {self.max_lr}")
+        if self.grad_clip == 0:
+            problems.append("grad_clip 0 would make every gradient 0")
         if self.val_every and self.val_tokens < context:
-            add(f"val_tokens {self.val_tokens} must be at least one window of {context} tokens")
-        data = self.hellaswag_data
-        if self.hellaswag_every and data is not None:
-            try:
-                require_regular_file(data)
-            except FileNotFoundError:
-                add(f"hellaswag_data {data}: no such file")
-            except (ValueError, OSError) as error:
-                add(f"hellaswag_data: {first_line(error)}")
+            problems.append(f"val_tokens {self.val_tokens} are less than a window of {context}")
         for package, wanted in (("tensorboard", self.tensorboard), ("wandb", self.wandb)):
             if wanted and importlib.util.find_spec(package) is None:
-                add(f"--{package} needs a package: pip install {package}")
+                problems.append(f"--{package} needs a package: pip install {package}")
         return problems
 
-
-def openai_size(
-    preset: Preset, d_model: int, n_heads: int, n_layers: int, max_lr: float, micro_batch: int
-) -> TrainConfig:
-    """One of OpenAI's sizes, with their context of 1024.
-
-    Learning rates are GPT-3's (Brown et al. 2020, table 2.1). The micro-batches are estimated from
-    the size of the activations to fit a GPU of 80 GB.
-    """
-    model = GPTConfig(d_model=d_model, n_heads=n_heads, n_layers=n_layers, context_length=1024)
-    min_lr = max_lr / 10
-    return TrainConfig(
-        preset=preset, model=model, max_lr=max_lr, min_lr=min_lr, micro_batch=micro_batch
-    )
+    def idle(self, world_size: int) -> list[str]:
+        """The options that differ from the preset's and do nothing beside the others."""
+        preset = PRESETS[self.preset]
+        off = {
+            "muon_lr_scale": self.optimizer != "muon",
+            "cooldown": self.schedule != "wsd",
+            "val_tokens": self.val_every == 0,
+            "hellaswag_data": self.hellaswag_every == 0,
+            "sample_prompt": self.sample_every == 0,
+            "keep_checkpoints": self.checkpoint_every == 0,
+            "bf16_grads": world_size == 1,
+            "profile": 0 < self.max_steps < 5,
+        }
+        return [n for n in off if off[n] and getattr(self, n) != getattr(preset, n)]
 
 
 QUICKSTART = TrainConfig(
@@ -236,10 +210,9 @@ QUICKSTART = TrainConfig(
     hellaswag_every=0,
     sample_every=300,
     sample_prompt="The function returns",
-    checkpoint_every=300,
+    checkpoint_every=150,
     compile=False,  # the compiler would take longer than it saves
 )
-FINETUNE_CONTEXT = 512  # tokens: a longer context of the source is cropped to that
 FINETUNE = TrainConfig(
     preset="finetune",
     log_dir=Path("log/finetune"),
@@ -255,757 +228,473 @@ FINETUNE = TrainConfig(
     sample_every=50,
     checkpoint_every=100,
 )
-PRESETS: dict[str, TrainConfig] = {
-    config.preset: config
-    for config in (
-        TrainConfig(),
-        QUICKSTART,
-        FINETUNE,
-        openai_size("gpt2", d_model=768, n_heads=12, n_layers=12, max_lr=6e-4, micro_batch=64),
-        openai_size(
-            "gpt2-medium", d_model=1024, n_heads=16, n_layers=24, max_lr=3e-4, micro_batch=32
-        ),
-        openai_size(
-            "gpt2-large", d_model=1280, n_heads=20, n_layers=36, max_lr=2.5e-4, micro_batch=16
-        ),
-        openai_size("gpt2-xl", d_model=1600, n_heads=25, n_layers=48, max_lr=2e-4, micro_batch=8),
-    )
+# OpenAI's sizes, with GPT-3's learning rates (Brown et al. 2020, table 2.1). The micro-batches are
+# estimated from the size of the activations to fit a GPU of 80 GB.
+OPENAI_SIZES: list[tuple[Preset, GPTConfig, float, int]] = [
+    ("gpt2", GPTConfig(768, 12, 12, context_length=1024), 6e-4, 64),
+    ("gpt2-medium", GPTConfig(1024, 16, 24, context_length=1024), 3e-4, 32),
+    ("gpt2-large", GPTConfig(1280, 20, 36, context_length=1024), 2.5e-4, 16),
+    ("gpt2-xl", GPTConfig(1600, 25, 48, context_length=1024), 2e-4, 8),
+]
+PRESETS = {config.preset: config for config in (TrainConfig(), QUICKSTART, FINETUNE)} | {
+    name: TrainConfig(preset=name, model=shape, max_lr=lr, min_lr=lr / 10, micro_batch=rows)
+    for name, shape, lr, rows in OPENAI_SIZES
 }
 
 
-def scheduled_lr(config: TrainConfig, step: int) -> float:
-    """The learning rate of update ``step``."""
-    return learning_rate(
-        step,
-        config.max_steps,
-        config.warmup_steps,
-        config.max_lr,
-        config.min_lr,
-        config.schedule,
-        config.cooldown,
-    )
+@dataclass
+class Progress:
+    """How far a run has come. Checkpoints hold it."""
+
+    step: int = 0  # updates made so far
+    best_val: float = math.inf  # the lowest validation loss so far
+    skipped: int = 0  # updates skipped in a row because the gradient was not finite
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=128))  # the newest ones
+    stop: bool = False  # a rank was asked to end the run; not kept
+
+    def update(self, steps: list[StepStats]) -> None:
+        """Take note of steps whose numbers have arrived."""
+        for stats in steps:
+            self.stop = self.stop or stats.stop
+            if not stats.overflow:  # fp16's next loss scale is half of this one
+                self.skipped = self.skipped + 1 if stats.skipped else 0
 
 
-# ---- parts of the setup --------------------------------------------------------------------------
+# ---- before the run ------------------------------------------------------------------------------
 
 
-def compiler_problem(device: torch.device) -> str | None:
-    """Compile a tiny function: the error's first line, or None where torch.compile works.
-
-    A laptop may lack the C++ compiler that Inductor needs. The model itself would fail only in its
-    first backward pass, where torch's fall-back to uncompiled code does not apply.
-    """
-    x = torch.ones(2, device=device, requires_grad=True)
-    try:
-        torch.compile(torch.sin)(x).sum().backward()
-    except Exception as error:  # whatever the compiler raises: the run goes on without it
-        return first_line(error)
-    return None
-
-
-def compile_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The model, or its DDP wrapper, compiled for static shapes."""
-    from torch._inductor import config as inductor  # takes a second
-
-    # A budget below 1 computes norms and GELU again in the backward pass instead of keeping them.
-    # On a CPU that is nothing beside the matrix products, and saves a fifth of the memory at 124M
-    # in bf16. On a GPU these operations wait for memory.
-    torch._functorch.config.activation_memory_budget = 0.95 if device.type == "cpu" else 1.0
-    # Otherwise Inductor chooses between kernels by their time, and they add in different orders.
-    inductor.deterministic = torch.are_deterministic_algorithms_enabled()
-    # Compiling the DDP wrapper, not the module in it, splits the graph at its buckets, so that the
-    # all-reduce of the last layers' gradients overlaps the backward pass of the first.
-    return torch.compile(model, dynamic=False)  # type: ignore[return-value]  # typed as a callable
-
-
-def start_profiler(path: Path, steps: int, logger: MetricsLogger) -> torch.profiler.profile:
-    """Trace ``steps`` steps, beginning with FIRST_TRACED_STEP."""
-
-    def write(profiler: torch.profiler.profile) -> None:
-        profiler.export_chrome_trace(str(path))
-        logger.print(f"profile: {path}; open it at https://ui.perfetto.dev")
-
-    profiler = torch.profiler.profile(
-        schedule=torch.profiler.schedule(
-            wait=FIRST_TRACED_STEP - 2, warmup=1, active=steps, repeat=1
-        ),
-        on_trace_ready=write,
-    )
-    profiler.start()
-    return profiler
-
-
-def with_initial_shape(config: TrainConfig, preset: TrainConfig, info: DistInfo) -> TrainConfig:
-    """These options with the shape of the model that the run starts from, but for --model flags.
-
-    Raises ValueError that names all flags that contradict that shape, and ValueError or
-    FileNotFoundError, on all ranks, where there is no such model.
-    """
-    # A resumed run no longer needs its source, which may be gone. Flags that contradict the
-    # checkpoint are refused where it is loaded.
-    if config.resume:
-        own = info.run_on_rank_0(lambda: checkpoint.latest_valid(config.log_dir))
-        if own is not None:
-            shape = info.run_on_all(lambda: read_shape(own))
-            return parse_options(TrainConfig, __doc__, default=replace(preset, model=shape))
-    source = config.init_from
-    if source is None:
+def prepare(config: TrainConfig) -> None:
+    """Refuse a log folder that holds a run; write the quickstart's shards if they are missing."""
+    if not config.resume and checkpoint.contains_run(config.log_dir):
         raise ValueError(
-            f"--preset {config.preset} needs a model to start from: add --init-from gpt2, or a"
-            " checkpoint or log folder"
+            f"{config.log_dir} contains a run; continue it with --resume or give another --log-dir"
         )
-    shape = info.run_on_all(lambda: read_shape(checkpoint.find_model(source, check=True)))
-    default = shape
-    if config.preset == "finetune":
-        default = replace(shape, context_length=min(shape.context_length, FINETUNE_CONTEXT))
-    config = parse_options(TrainConfig, __doc__, default=replace(preset, model=default))
-    problems = []
-    for name, wanted in asdict(config.model).items():
-        limit = getattr(shape, name)
-        if name == "context_length" and wanted > limit:
-            problems.append(f"model.{name} {wanted} must be at most {limit} as in {source}")
-        elif name != "context_length" and wanted != limit:
-            problems.append(f"model.{name} {wanted} must be {limit} as in {source}")
-    if problems:
-        raise ValueError("; ".join(problems + config.validate(info.world_size)))
-    return config
+    if config.preset == "quickstart":  # what a killed process has begun is continued
+        source = dataset.DatasetConfig(
+            source=("stdlib",), data_dir=config.data_dir, shard_size=50_000
+        )
+        dataset.prepare(source)
 
 
-def open_data(config: TrainConfig) -> tuple[TokenDataset, TokenDataset]:
-    """The training and the validation split. Raises ValueError when they are not complete."""
-    dataset.check_complete(config.data_dir)
-    context = config.model.context_length
-    train_data = TokenDataset(config.data_dir, "train", context)
-    return train_data, TokenDataset(config.data_dir, "val", context)
-
-
-def load_hellaswag(config: TrainConfig, device: torch.device) -> list[hellaswag.Example]:
-    """The examples, all of which the model can take: that is found out before the first step.
-
-    Raises ValueError or OSError when a file of the user's cannot be used, and ConnectionError
-    when the hub's data set cannot.
-    """
-    path = config.hellaswag_data
+def load_hellaswag(config: TrainConfig) -> tuple[hellaswag.Example, ...]:
+    """The examples; none, with a line that says so, where the hub's cannot be had."""
     try:
-        examples = hellaswag.load_examples(path)
-        hellaswag.check_vocabulary(examples, config.model.vocab_size)
-        # Raises for an ending that is too long. The evaluations use what is laid out here.
-        hellaswag.pack_for(device, examples, config.model.context_length)
-    except Exception as error:
-        if path is not None:
+        examples = hellaswag.load_examples(config.hellaswag_data)
+    except (ValueError, OSError) as error:
+        if config.hellaswag_data is not None:
             raise
-        raise ConnectionError(first_line(error)) from error
+        print(f"HellaSwag is skipped: {first_line(error)}")
+        return ()
+    hellaswag.check_vocabulary(examples, config.model.vocab_size)
     return examples
 
 
-# ---- a run ---------------------------------------------------------------------------------------
+def initialize(model: GPT, source: str) -> str:
+    """Copy a checkpoint's or a hub's weights into the model; returns their SHA-256."""
+    folder = checkpoint.find_checkpoint(source)
+    if model.config.vocab_size >= VOCAB_SIZE:  # a smaller one has shards of its own tokens
+        hf.require_gpt2_tokenizer(folder)
+    saved = GPT.from_pretrained(folder)
+    saved.crop_context(model.config.context_length)
+    model.load_weights(saved.weights(), source)
+    return hf.weights_sha256(folder)
 
 
-class Run:
-    """The parts of a run, for the training loop and for ``on_step`` callbacks."""
+def sample(model: GPT, prompt: list[int], seed: int, dtype: torch.dtype) -> str:
+    """How the model continues a prompt's tokens, the same each time for the same weights."""
+    idx = torch.tensor([prompt], device=model.lm_head.weight.device)  # (1, T)
+    options = SamplingOptions(max_new_tokens=64, top_k=50, seed=seed)
+    # A copy in the precision of the run, as eval.py samples.
+    out = generate(copy.deepcopy(model).to(dtype), idx, options)  # (1, T + new)
+    return get_tokenizer().decode([token for token in out[0].tolist() if token != END_OF_TEXT])
 
-    def __init__(
-        self, config: TrainConfig, dist_info: DistInfo, lock: FolderLock | None = None
-    ) -> None:
-        """Open the data, build the model or load it from a checkpoint, and report the start.
 
-        What can fail on one rank alone is done by ``run_on_all``: then all of them stop.
-        ``lock`` is that of the log folder, on rank 0.
-        """
-        self.config = config
-        self.dist_info = dist_info
-        self.lock = lock
-        self.lost_folder = False  # the log folder is no longer the one that was locked
-        rank = dist_info.rank
-        world_size = dist_info.world_size
-        device = dist_info.device
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def train(
+    config: TrainConfig,
+    dist_info: DistInfo,
+    on_step: Callable[[Progress, GPT], None] | None = None,
+) -> None:
+    """The whole run; ``on_step`` is called before each step.
+
+    Raises ValueError or FileNotFoundError for invalid settings or missing data, FloatingPointError
+    after too many gradients that are not finite, OSError if the last checkpoint was not saved.
+    """
+    rank = dist_info.rank
+    world_size = dist_info.world_size
+    device = dist_info.device
+    if problems := config.validate(world_size):
+        raise ValueError("; ".join(problems))
+    # Closed at the end, also after an error: a notebook keeps the error and all that it has seen.
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            stack.callback(lock_folder(config.log_dir, flag="--log-dir").release)
+            prepare(config)
+        # The other ranks wait here for the first.
+        facts = {k: v for k, v in asdict(config).items() if k not in LOCAL_SETTINGS}
+        dtype = choose_dtype(config.dtype, device)
+        dist_info.require_equal({**facts, "dtype": dtype})  # "auto" depends on the hardware
+
+        # ---- data
+        shards.check_complete(config.data_dir)
         context = config.model.context_length
-        self.train_data, self.val_data = dist_info.run_on_all(lambda: open_data(config))
-        fingerprint = dist_info.run_on_all(
-            lambda: self.train_data.fingerprint() + self.val_data.fingerprint()
-        )
+        train_data = TokenDataset(config.data_dir, "train", context, config.model.vocab_size)
+        val_data = TokenDataset(config.data_dir, "val", context, config.model.vocab_size)
+        fingerprint = train_data.fingerprint() + val_data.fingerprint()
         digest = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
         dist_info.require_equal({"the digest of the shards in data_dir": digest})
-        # A token outside the vocabulary would crash a GPU hours later, with an error that does not
-        # name it.
-        checked = dist_info.run_on_all(
-            lambda: [
-                data.check_tokens(config.model.vocab_size, rank, world_size)
-                for data in (self.train_data, self.val_data)
-            ]
-        )
+        examples: tuple[hellaswag.Example, ...] = ()
+        if config.hellaswag_every:
+            examples = dist_info.on_rank_0(lambda: load_hellaswag(config))
+        prompt: list[int] = []  # the tokens that the samples continue
+        if config.sample_every:
+            prompt = encode_prompt(config.sample_prompt, config.model.vocab_size)
 
+        # ---- model
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # TF32 for what is computed in fp32
         torch.use_deterministic_algorithms(config.deterministic)
         if config.deterministic:  # required by cuBLAS, before its first call
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        self.dtype = choose_dtype(config.dtype, device)
-        dist_info.require_equal({"dtype": self.dtype})  # "auto" depends on the hardware
-        self.prompt: list[int] = []  # the tokens that the samples continue
-        if config.sample_every:
-            self.prompt = encode_prompt(config.sample_prompt, config.model.vocab_size)
         # Initialized on the CPU, so that the weights of a seed do not depend on the device.
-        self.model = GPT(config.model).to(device)
-        self.model.loss_chunk_rows = config.loss_rows
-        self.model.recomputed_blocks = math.ceil(config.recompute * config.model.n_layers)
-        self.sampler = Sampler(self.model, self.dtype)
-        self.optimizer = build_optimizer(
-            self.model, config.weight_decay, config.optimizer, config.muon_lr_scale
+        model = GPT(config.model).to(device)
+        model.loss_chunk_rows = config.loss_rows
+        model.recomputed_blocks = math.ceil(config.recompute * config.model.n_layers)
+
+        # ---- optimizer
+        optimizer = build_optimizer(
+            model, config.weight_decay, config.optimizer, muon_lr_scale=config.muon_lr_scale
         )
         # Gradients too small for fp16 would be 0: they are those of the loss times a scale, which
         # halves when one is too large and doubles after 2,000 steps without.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+        # ---- resume
+        # As JSON's types: a checkpoint stores them, and must be readable without unpickling.
+        settings = json.loads(json.dumps(asdict(config), default=str))
+        settings |= {"data": fingerprint, "init_sha256": None}
+        progress = Progress()
+        notes = [f"{name} has no effect beside the others" for name in config.idle(world_size)]
+        ignored = ignored_files(config.data_dir, train_data, val_data)
+        if ignored:
+            notes.append(f"left out, as index.json does not list them: {', '.join(ignored)}")
+        folder = None
+        if config.resume:
+            folder = dist_info.on_rank_0(lambda: checkpoint.latest_valid(config.log_dir))
+        if folder is not None:
+            state = checkpoint.load_state(folder)
+            changes = checkpoint.compare_settings(state.settings, settings, folder)
+            notes += [f"resuming with another setting: {change}" for change in changes]
+            settings["init_from"] = state.settings["init_from"]
+            settings["init_sha256"] = state.settings["init_sha256"]
+            model.load_weights(hf.read_weights(folder), folder)
+            checkpoint.load_optimizer(optimizer, state.optimizer, folder)
+            if state.scaler:
+                scaler.load_state_dict(state.scaler)
+            torch.set_rng_state(state.rng)
+            progress = Progress(state.step, state.best_val, state.skipped)
+            progress.losses.extend(state.losses)
+            notes.append(f"resumed from {folder}")
+        elif config.init_from is not None:
+            source = config.init_from
+            sha256 = dist_info.on_rank_0(
+                lambda: initialize(model, source)
+            )  # DDP copies them to all
+            settings["init_sha256"] = sha256
+            notes.append(f"starting from the weights of {source}, SHA-256 {sha256}")
+
+        # ---- compile and DDP
+        # The same weights, wrapped for training. Evaluations, samples and checkpoints use the plain
+        # module: their shapes vary, and its state_dict keys have no wrapper's prefix.
+        training_model: torch.nn.Module = model
+        ddp = None
+        if world_size > 1:
+            training_model = ddp = wrap_ddp(model, device, config.bf16_grads)
+        steps_left = config.max_steps - progress.step
+        compiled = None
+        # Not on mps, where compiled code may compute other numbers (pytorch#171764).
+        if config.compile and device.type != "mps":
+            problem = compiler_problem(device)
+            if device.type == "cpu" and steps_left < CPU_COMPILE_STEPS:
+                problem = f"fewer than {CPU_COMPILE_STEPS} steps do not recoup it on a CPU"
+            if problem is None:
+                training_model = compiled = compile_model(training_model, device)
+            else:
+                notes.append(f"training without torch.compile: {problem}")
+
+        # ---- logger
         device_name = metrics.device_name(device)
-        dtype_name = str(self.dtype).removeprefix("torch.")
-        self.logger = MetricsLogger(
+        dtype_name = str(dtype).removeprefix("torch.")
+        tokens = len(train_data) * context
+        layout = StepLayout(config.batch_tokens // context, config.micro_batch, rank, world_size)
+        micro_steps = layout.micro_steps()
+        logger = MetricsLogger(
             config.log_dir,
             enabled=rank == 0,
             device=device,
             max_steps=config.max_steps,
             tokens_per_step=config.batch_tokens,
-            flops_per_step=self.model.flops_per_token() * config.batch_tokens,
+            flops_per_step=model.flops_per_token() * config.batch_tokens,
             peak_flops=metrics.peak_flops(device_name, dtype_name, world_size),
+            losses=progress.losses,
         )
-
-        # As JSON's types: a checkpoint stores them, and must be readable without unpickling.
-        self.settings = json.loads(json.dumps(asdict(config), default=str))
-        self.settings["data"] = fingerprint
-        self.settings["init_sha256"] = None  # of the weights that the run has started from
-        self.step = 0  # updates made so far
-        self.updating = False  # the weights are being changed, and are those of no step
-        self.ending = False  # there will be no further step
-        self.failed = False  # because of an error
-        self.wait_limit: float | None = None  # see limit_wait
-        self.saved_step: int | None = None  # the step of the newest checkpoint
-        self.writer = checkpoint.Writer(config.log_dir, keep=config.keep_checkpoints)
-        self.save_seconds = 0.0  # that training waited for the checkpoint that is being written
-        self.save_problem = ""  # why the newest checkpoint was not saved
-        resumed_from = self._resume() if config.resume else None
-        if resumed_from is None and config.init_from is not None:
-            self._initialize_from(config.init_from)
-
-        # The same weights, wrapped for training. Evaluations, samples and checkpoints use the plain
-        # module: their shapes vary, and its state_dict keys have no wrapper's prefix.
-        self.training_model: torch.nn.Module = self.model
-        self.ddp: DistributedDataParallel | None = None
-        if world_size > 1:
-            self.training_model = self.ddp = wrap_ddp(self.model, device, config.bf16_grads)
-        steps_left = config.max_steps - self.step
-        # Not on mps, where compiled code may compute other numbers (pytorch#171764).
-        worthwhile = device.type != "cpu" or steps_left >= CPU_COMPILE_STEPS
-        if config.compile and worthwhile and device.type != "mps":
-            problem = compiler_problem(device)
-            if problem is None:
-                self.training_model = compile_model(self.training_model, device)
-            else:
-                self.logger.print(f"training without torch.compile: {problem}")
-
-        layout = StepLayout(config.batch_tokens // context, config.micro_batch, rank, world_size)
-        self.micro_steps = layout.micro_steps()
-        batches = layout.batches(len(self.train_data), config.seed, config.shuffle, self.step)
-        # Three steps ahead, to ride out short stalls of the disk.
-        self.loader = TokenLoader(self.train_data, batches, device, prefetch=3 * self.micro_steps)
-
-        # Before the first line of metrics: a file of the user's that cannot be used is refused.
-        self.hellaswag_examples = self._load_hellaswag() if config.hellaswag_every else []
-        private = ("data", "init_sha256")  # hundreds of lines, and what the line has already
-        public_settings = {k: v for k, v in self.settings.items() if k not in private}
-        dist_info.run_on_all(
-            lambda: self.logger.start(
-                self.step,
-                config=public_settings,
-                tensorboard=config.tensorboard,
-                wandb=config.wandb,
-                dataset=self.train_data.name,
-                parameters=self.model.num_parameters(),
-                device=device_name,
-                world_size=world_size,
-                dtype=dtype_name,
-                resumed_from=resumed_from.name if resumed_from is not None else None,
-                init_from=self.settings["init_from"],
-                init_sha256=self.settings["init_sha256"],
-            )
-        )
-        no_mfu = metrics.unknown_peak(device, device_name, dtype_name)
-        if no_mfu is not None:
-            self.logger.print(no_mfu)
-        if not all(checked):
-            self.logger.print(
-                "checking all shards takes more than a minute; it continues in the background"
-            )
-        tokens = len(self.train_data) * context
-        self.logger.print(
-            f"{self.model.num_parameters():,} parameters, computed in {dtype_name} on"
-            f" {world_size} x {device_name}; {config.batch_tokens:,} tokens a step in"
-            f" {self.micro_steps} micro-steps;"
+        started = {
+            "config": {k: v for k, v in settings.items() if k not in ("data", "init_sha256")},
+            "dataset": train_data.name,
+            "parameters": model.num_parameters(),
+            "device": device_name,
+            "world_size": world_size,
+            "dtype": dtype_name,
+            "resumed_from": folder.name if folder else None,
+            "init_from": settings["init_from"],
+            "init_sha256": settings["init_sha256"],
+        }
+        logger.start(progress.step, started, tensorboard=config.tensorboard, wandb=config.wandb)
+        for note in notes:
+            logger.print(note)
+        logger.print(
+            f"{model.num_parameters():,} parameters, computed in {dtype_name} on {world_size} x"
+            f" {device_name}; {config.batch_tokens:,} tokens a step in {micro_steps} micro-steps;"
             f" {config.max_steps * config.batch_tokens / tokens:.2f} epochs of {tokens:,} tokens"
         )
-        # Installed last: until now nothing is lost if a signal ends the process at once.
-        self.stop_signal = checkpoint.StopSignal()
-        if world_size > 1:
-            self.logger.on_wait = self.limit_wait
 
-    def limit_wait(self) -> None:
-        """Raise DistBackendError when the process has to end and waits for a step in vain.
+        # ---- the training loop
+        writer = checkpoint.Writer(config.log_dir, keep=config.keep_checkpoints)
+        first_step = progress.step
+        saved_step = progress.step if folder else None  # of the newest checkpoint
 
-        Where a rank has died, NCCL waits ten minutes for its part of the step. torchrun sends the
-        other ranks a SIGTERM, and would kill them after 30 s.
-        """
-        if not self.failed and not self.stop_signal.name:
-            return
-        now = time.monotonic()
-        if self.wait_limit is None:
-            self.wait_limit = now + HANG_SECONDS
-        elif now > self.wait_limit:
-            self.updating = True  # on the device, or about to be: it cannot be saved
-            raise dist.DistBackendError(f"the step did not end within {HANG_SECONDS} s")
+        def report_checkpoint(wait: bool = False) -> None:
+            """Report the checkpoint that was being written, if that has ended or with ``wait``."""
+            nonlocal saved_step
+            try:
+                saved = writer.finished(wait)
+            except OSError as error:  # a full disk does not end the run
+                logger.print(f"checkpoint not saved: {first_line(error)}")
+                return
+            if saved is not None:
+                saved_step = saved.step
+                times = {"seconds": saved.pause, "write_seconds": saved.seconds}
+                logger.report("checkpoint", saved.step, {"path": saved.folder.name, **times})
 
-    def _initialize_from(self, source: str) -> None:
-        """Replace the random weights by those of a checkpoint or a hub's model."""
+        def is_due(every: int) -> bool:
+            return every > 0 and (progress.step % every == 0 or progress.step == config.max_steps)
 
-        def load() -> str:
-            folder = checkpoint.find_model(source, check=True)
-            saved = GPT.from_pretrained(folder)
-            saved.crop_context(self.config.model.context_length)
-            # In place: the optimizer already refers to these parameters.
-            self.model.load_state_dict(saved.state_dict())
-            return weights_sha256(folder)
+        stop_signal = stack.enter_context(StopSignal())
+        stack.callback(logger.close)
+        stack.callback(report_checkpoint, wait=True)  # after an error it is what a resume needs
+        batches = layout.batches(len(train_data), config.seed, config.shuffle, progress.step)
+        # Three steps ahead, to ride out short stalls of the disk.
+        loader = TokenLoader(train_data, batches, device, prefetch=3 * micro_steps)
+        stack.callback(loader.close)
+        stack.callback(gc.unfreeze)  # see below
+        profiler = None
+        if config.profile:
+            trace = config.log_dir / f"trace_rank{rank}.json"
+            profiler = stack.enter_context(profile_steps(trace, config.profile))
 
-        digest = self.dist_info.run_on_all(load)
-        self.dist_info.require_equal({f"the SHA-256 of {source}": digest})
-        self.settings["init_sha256"] = digest
-        self.logger.print(f"starting from the weights of {source}, SHA-256 {digest}")
+        while True:
+            # ---- what is due before this step
+            every = (config.checkpoint_every, config.val_every, config.hellaswag_every)
+            ending = progress.stop or progress.step >= config.max_steps
+            if ending or any(is_due(n) for n in (*every, config.sample_every)):
+                progress.update(logger.flush())  # the numbers of all steps before this one
+            ending = ending or progress.stop
+            report_checkpoint()
+            # The checkpoint first, so that no failure of the others can cost these steps, nor a
+            # signal that comes during them. A run that is resumed from it repeats the others.
+            wanted = is_due(config.checkpoint_every) or (ending and config.checkpoint_every > 0)
+            if rank == 0 and wanted and saved_step != progress.step:
+                with logger.timed("checkpoint", progress.step):
+                    report_checkpoint(wait=True)  # one is written at a time
+                    state = checkpoint.TrainingState(
+                        step=progress.step,
+                        optimizer=optimizer.state_dict(),
+                        rng=torch.get_rng_state(),
+                        settings=settings,
+                        best_val=progress.best_val,
+                        skipped=progress.skipped,
+                        losses=list(progress.losses),
+                        scaler=scaler.state_dict(),
+                    )
+                    writer.start(model.weights(), asdict(config.model), state)
+            if is_due(config.val_every):
+                with logger.timed("val", progress.step) as row:
+                    val_loss = validation_loss(
+                        model,
+                        val_data,
+                        config.val_tokens,
+                        config.micro_batch,
+                        device,
+                        rank=rank,
+                        world_size=world_size,
+                        dtype=dtype,
+                        compiled=compiled,
+                    )
+                    progress.best_val = min(progress.best_val, val_loss)
+                    row.update(loss=val_loss, best=progress.best_val)
+            if is_due(config.hellaswag_every) and examples:
+                with logger.timed("hellaswag", progress.step) as row:
+                    predictions = hellaswag.predict(
+                        model, examples, device, rank=rank, world_size=world_size, dtype=dtype
+                    )
+                    row.update(hellaswag.summarize(examples, predictions))
+            has_begun = progress.step > 0 or config.init_from is not None
+            if is_due(config.sample_every) and rank == 0 and has_begun:
+                with logger.timed("sample", progress.step) as row:
+                    text = sample(model, prompt, config.seed, dtype)
+                    row.update(prompt=config.sample_prompt, text=text)
+            if ending:
+                break
+            if on_step is not None:
+                on_step(progress, model)
 
-    def _resume(self) -> Path | None:
-        """Load the latest valid checkpoint; None when there is none."""
-        log_dir = self.config.log_dir
-        folder = self.dist_info.run_on_rank_0(lambda: checkpoint.latest_valid(log_dir))
-        if folder is None:
-            return None
-        state = self.dist_info.run_on_all(lambda: self._load_checkpoint(folder))
-        torch.set_rng_state(state.rng)
-        self.logger.best_val = state.best_val
-        # On a GPU a checkpoint may be of the very step that ended the run.
-        self.logger.skipped_in_a_row = min(state.skipped, MAX_SKIPPED - 1)
-        self.logger.losses.extend(state.losses)
-        self.step = self.saved_step = state.step
-        self.logger.print(f"resumed from {folder}")
-        return folder
+            # ---- the gradient of the step, a micro-batch at a time
+            loss_sum = torch.zeros((), device=device)
+            for micro_step in range(micro_steps):
+                inputs, targets = next(loader)  # (B, T) each
+                # DDP exchanges gradients in the last backward pass of the step only. This is what
+                # its no_sync() sets, without a second copy of the lines below.
+                if ddp is not None:
+                    ddp.require_backward_grad_sync = micro_step == micro_steps - 1
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss = training_model(inputs, targets) / micro_steps
+                scaler.scale(loss).backward()
+                loss_sum += loss.detach()  # on the device: to read it here would wait for the GPU
 
-    def _load_checkpoint(self, folder: Path) -> checkpoint.TrainingState:
-        """Load model and optimizer, and report the settings that have changed."""
-        state = checkpoint.load_state(folder)
-        for change in checkpoint.compare_settings(state.settings, self.settings, folder):
-            self.logger.print(f"resuming with another setting: {change}")
-        for name in ("init_from", "init_sha256"):  # which stay true
-            self.settings[name] = state.settings.get(name)
-        saved = {**self.settings, **checkpoint.EARLIER_SETTINGS, **state.settings}
-        last = self.config.max_steps - 1
-        if any(saved[name] != self.settings[name] for name in SCHEDULE_SETTINGS):
-            self.logger.print(
-                f"the learning rate follows the new settings as if they had been used from step 0:"
-                f" {scheduled_lr(self.config, min(state.step, last)):.2e} at step {state.step},"
-                f" {scheduled_lr(self.config, last):.2e} at step {last}"
-            )
-        # In place: the optimizer already refers to these parameters.
-        checkpoint.load_model(self.model, folder)
-        checkpoint.load_optimizer(self.optimizer, state.optimizer, folder)
-        if state.scaler:
-            self.scaler.load_state_dict(state.scaler)
-        return state
+            # ---- the mean loss of all ranks, and whether one of them was asked to stop
+            stop = float(bool(stop_signal.name))
+            stats = torch.stack((loss_sum, torch.full_like(loss_sum, stop)))  # [loss, stop]
+            if world_size > 1:
+                dist.all_reduce(stats)
+                stats /= world_size
 
-    def _load_hellaswag(self) -> list[hellaswag.Example]:
-        """The examples, or none and a message where the hub's cannot be had."""
-        config = self.config
-        device = self.dist_info.device
-        try:
-            return self.dist_info.run_on_rank_0(lambda: load_hellaswag(config, device))
-        except (ValueError, OSError) as error:
-            if config.hellaswag_data is not None:
-                raise
-            self.logger.print(f"HellaSwag is skipped: {error}")
-            return []
+            # ---- clip, set the learning rate, update
+            loss_scale = scaler.scale(torch.ones_like(loss_sum))  # 1 but in fp16
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            # The optimizer skips the update on the device if this is 1, so the host need not read
+            # the norm. It is the norm of the averaged gradient: all ranks decide alike. In fp16 the
+            # scaler sets it, from the same gradients.
+            optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+            lr = learning_rate(progress.step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+            # MPS's fused AdamW looked at found_inf only from torch 2.13 on (pytorch#186360).
+            if device.type != "mps" or bool(torch.isfinite(norm)):
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            progress.step += 1
 
+            # ---- log
+            stats = torch.cat((stats, torch.stack((norm, loss_scale))))  # [loss, stop, norm, scale]
+            progress.update(logger.log_step(progress.step - 1, lr, stats))
+            if progress.skipped >= MAX_SKIPPED:
+                report_checkpoint(wait=True)
+                newest = next(iter(checkpoint.list_checkpoints(config.log_dir)), "none")
+                raise FloatingPointError(
+                    f"{MAX_SKIPPED} gradients in a row were not finite; last checkpoint: {newest}"
+                )
+            if progress.step == first_step + 1:
+                dist_info.limit_waits()
+            if profiler is not None:
+                profiler.step()
+            # Without freeze(), each collection would walk through all objects that live as long as
+            # the run, which takes milliseconds. The first time is after the step that compiled.
+            if progress.step % 100 == 1:
+                gc.collect()
+                gc.freeze()
 
-# ---- what is due between steps -------------------------------------------------------------------
-
-# All of it uses the uncompiled model: each new shape, such as the last batch of the validation
-# tokens, would be compiled again.
-
-
-def log_validation_loss(run: Run) -> None:
-    with run.logger.timed("val", run.step) as row:
-        loss = validation_loss(
-            run.model,
-            run.val_data,
-            run.config.val_tokens,
-            run.config.micro_batch,
-            run.dist_info.device,
-            rank=run.dist_info.rank,
-            world_size=run.dist_info.world_size,
-            dtype=run.dtype,
-        )
-        check_log_folder(run)  # before each line, since an evaluation may take minutes
-        run.logger.best_val = min(run.logger.best_val, loss)
-        row.update(loss=loss, best=run.logger.best_val)
+    # ---- the end
+    if rank == 0:
+        report_end(config, progress, logger, by=stop_signal.name or "another rank")
+        if config.checkpoint_every > 0 and saved_step != progress.step:
+            raise OSError("the last checkpoint was not saved; the reason stands above")
 
 
-def log_hellaswag(run: Run) -> None:
-    if not run.hellaswag_examples:
+def report_end(config: TrainConfig, progress: Progress, logger: MetricsLogger, by: str) -> None:
+    """Print how the run ended, and plot it if it is finished."""
+    log_dir = config.log_dir
+    saved = bool(checkpoint.list_checkpoints(log_dir))
+    if progress.step < config.max_steps:
+        remedy = "resume with the same command and --resume" if saved else "there is no checkpoint"
+        logger.print(f"stopped by {by} after {progress.step} steps; {remedy}")
         return
-    with run.logger.timed("hellaswag", run.step) as row:
-        predictions = hellaswag.predict(
-            run.model,
-            run.hellaswag_examples,
-            run.dist_info.device,
-            rank=run.dist_info.rank,
-            world_size=run.dist_info.world_size,
-            dtype=run.dtype,
-        )
-        check_log_folder(run)
-        row.update(hellaswag.summarize(run.hellaswag_examples, predictions))
-
-
-def log_sample(run: Run) -> None:
-    """Log how the model continues the prompt, with the same seed each time."""
-    is_random = run.step == 0 and run.settings["init_from"] is None  # and has nothing to say
-    if run.dist_info.rank != 0 or is_random:
-        return
-    tokenizer = dataset.get_tokenizer()
-    with run.logger.timed("sample", run.step) as row:
-        idx = torch.tensor([run.prompt], device=run.dist_info.device)  # (1, T)
-        options = SamplingOptions(max_new_tokens=64, top_k=50, seed=run.config.seed)
-        run.sampler.update()
-        sample = run.sampler.generate(idx, options)
-        tokens = [token for token in sample[0].tolist() if token != END_OF_TEXT]
-        row.update(prompt=run.config.sample_prompt, text=tokenizer.decode(tokens))
-
-
-def attempt(run: Run, name: str, chore: Callable[[Run], None]) -> None:
-    """Run a chore that training can do without: if it fails, that is reported."""
     try:
-        chore(run)
-    except Exception as error:
-        # Where the other ranks wait for this one's part, they would wait in vain.
-        if run.lost_folder or (name == "hellaswag" and run.dist_info.world_size > 1):
-            raise
-        run.logger.print(f"step {run.step:5d} | {name} is skipped: {first_line(error)}")
-
-
-def save_checkpoint(run: Run) -> None:
-    """Start to save this step, on rank 0, unless it is saved. A full disk does not end the run."""
-    if run.dist_info.rank != 0:
-        return
-    with run.logger.timed("checkpoint", run.step):  # reported when the folder is complete
-        start = time.perf_counter()
-        report_checkpoint(run, wait=True)  # one is written at a time; it may be that of this step
-        if run.step == run.saved_step:
-            return
-        # Built inside the block: on entering it the logger has read the numbers of the last step.
-        state = checkpoint.TrainingState(
-            step=run.step,
-            optimizer=run.optimizer.state_dict(),
-            rng=torch.get_rng_state(),
-            settings=run.settings,
-            best_val=run.logger.best_val,
-            skipped=run.logger.skipped_in_a_row,
-            losses=list(run.logger.losses),
-            scaler=run.scaler.state_dict(),
+        plot.plot_run(log_dir)
+    except Exception as error:  # whatever it is: a run never fails because its picture does
+        logger.print(f"no plot: {first_line(error)}")
+    logger.print(f"done: metrics.jsonl, plot.png and report.md are in {log_dir}/")
+    if saved:
+        logger.print(
+            f'now try\npython eval.py --checkpoint {log_dir} --prompt "{config.sample_prompt}"'
         )
-        try:
-            run.writer.start(run.model, state)
-        except OSError as error:
-            report_unsaved(run, error)
-        run.save_seconds = time.perf_counter() - start
 
 
-def report_checkpoint(run: Run, wait: bool = False) -> None:
-    """Report the checkpoint that was being written, if that has ended; ``wait`` until it has."""
-    try:
-        saved = run.writer.finished(wait)
-    except OSError as error:
-        report_unsaved(run, error)
-        return
-    if saved is not None:
-        run.saved_step = saved.step
-        row = {
-            "path": saved.folder.name,
-            "seconds": round(run.save_seconds, 3),
-            "write_seconds": round(saved.seconds, 3),
-        }
-        run.logger.report("checkpoint", saved.step, row)
+# ---- command line --------------------------------------------------------------------------------
 
 
-def report_unsaved(run: Run, error: Exception) -> None:
-    """Report that a checkpoint could not be written; ``report_end`` repeats it of the last."""
-    problem = run.save_problem = first_line(error)
-    run.logger.print(
-        f"checkpoint not saved: {problem}{'' if run.ending else '; training continues'}"
-    )
+def initial_shape(config: TrainConfig) -> GPTConfig:
+    """The shape of the model that a run starts from, maybe with a shorter context.
 
-
-def check_log_folder(run: Run) -> None:
-    """Raise OSError when the log folder was renamed or replaced: another run may be there."""
-    try:
-        if run.lock is not None:
-            run.lock.check()
-    except OSError:
-        run.lost_folder = True
-        run.logger.enabled = False  # nothing more is written there
-        raise
-
-
-# ---- the training loop ---------------------------------------------------------------------------
-
-
-def training_loop(run: Run) -> Iterator[None]:
-    """Train until ``max_steps`` or a signal to stop. Yields before each step, for callbacks.
-
-    ``run.step`` counts the updates. Nothing in a step waits for the device: the logger reads the
-    step's numbers, on a GPU one step later.
+    Raises ValueError that names the --model flags that contradict it.
     """
-    config = run.config
-    world_size = run.dist_info.world_size
-    device = run.dist_info.device
-    logger = run.logger
-    launcher_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-    def is_due(every: int) -> bool:
-        return every > 0 and (run.step % every == 0 or run.step >= config.max_steps)
-
-    while True:
-        # ---- what is due before this step
-        check_log_folder(run)
-        report_checkpoint(run)
-        run.ending = run.step >= config.max_steps or logger.stop_requested
-        # The checkpoint first, so that no failure of the others can cost these steps. A run that is
-        # resumed from it repeats the others.
-        if is_due(config.checkpoint_every) or (run.ending and config.checkpoint_every > 0):
-            save_checkpoint(run)
-        if is_due(config.val_every):
-            log_validation_loss(run)
-        if is_due(config.hellaswag_every):
-            attempt(run, "hellaswag", log_hellaswag)
-        if is_due(config.sample_every):
-            attempt(run, "sample", log_sample)
-        if run.ending:
-            break
-        yield
-
-        # An orphaned rank would run on, with nothing to stop it when another rank dies.
-        if launcher_pid is not None and os.getppid() != launcher_pid:
-            raise ConnectionError("torchrun has died, and nothing supervises the ranks any more")
-
-        # ---- the gradient of the step, a micro-batch at a time
-        loss_sum = torch.zeros((), device=device)
-        for micro_step in range(run.micro_steps):
-            inputs, targets = next(run.loader)  # (B, T) each
-            # DDP exchanges gradients in the last backward pass of the step only. This is what its
-            # no_sync() sets, without a second copy of the lines below.
-            if run.ddp is not None:
-                run.ddp.require_backward_grad_sync = micro_step == run.micro_steps - 1
-            with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
-                loss = run.training_model(inputs, targets) / run.micro_steps
-            run.scaler.scale(loss).backward()
-            loss_sum += loss.detach()  # on the device: to read it here would wait for the GPU
-
-        # ---- the mean loss of all ranks, and whether one of them has to stop. Before the update,
-        # ---- so that gloo's error for a rank that has died leaves the step undone.
-        stop = bool(run.stop_signal.name or run.loader.error)
-        stats = torch.stack((loss_sum, torch.full_like(loss_sum, stop)))  # [loss, stop]
-        if world_size > 1:
-            dist.all_reduce(stats)
-            stats /= world_size
-
-        # ---- clip, set the learning rate, update
-        loss_scale = run.scaler.scale(torch.ones_like(loss_sum))  # 1 but in fp16
-        run.scaler.unscale_(run.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
-        # The optimizer skips the update on the device if this is 1, so the host need not read the
-        # norm. It is the norm of the averaged gradient: all ranks decide alike. In fp16 the scaler
-        # sets it, from the same gradients.
-        run.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-        lr = scheduled_lr(config, run.step)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        run.updating = True
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.step += 1
-        run.updating = False
-        run.optimizer.zero_grad(set_to_none=True)
-
-        # ---- log
-        check_log_folder(run)  # again: a step may take seconds
-        # [loss, stop, norm, loss scale]
-        logger.log_step(run.step - 1, lr, torch.cat((stats, torch.stack((norm, loss_scale)))))
-        if logger.skipped_in_a_row >= MAX_SKIPPED:
-            report_checkpoint(run, wait=True)
-            good = next(iter(checkpoint.list_checkpoints(config.log_dir)), "none")  # the newest
-            raise FloatingPointError(
-                f"{MAX_SKIPPED} gradients in a row were not finite; last good checkpoint: {good}"
-            )
-        # Without freeze(), each collection would walk through all objects that live as long as the
-        # run, which takes milliseconds. The first time is after the step that compiled.
-        if run.step % 100 == 1:
-            gc.collect()
-            gc.freeze()
-
-    run.loader.close()
-    logger.flush()
-    check_log_folder(run)
-    report_checkpoint(run, wait=True)
-    logger.close()
-
-
-# ---- the whole run -------------------------------------------------------------------------------
-
-
-def prepare(config: TrainConfig, world_size: int) -> FolderLock:
-    """Check settings and data, write the quickstart's shards, and lock the log folder."""
-    problems = config.validate(world_size)
+    source = config.init_from
+    if config.resume and checkpoint.list_checkpoints(config.log_dir):
+        source = str(config.log_dir)  # the run goes on without its source, which may be gone
+    if source is None:
+        raise ValueError(
+            f"--preset {config.preset} needs a model to start from: add --init-from gpt2, or a"
+            " checkpoint or log folder"
+        )
+    shape = GPTConfig(**hf.read_shape(checkpoint.find_checkpoint(source)))
+    context_length = shape.context_length
+    if config.preset == "finetune":
+        context_length = min(context_length, FINETUNE_CONTEXT)
+    problems = []
+    for name, value in asdict(config.model).items():
+        if value == getattr(PRESETS[config.preset].model, name):
+            continue  # not given by the user
+        if name == "context_length":
+            context_length = value
+        elif value != getattr(shape, name):
+            problems.append(f"model.{name} {value} must be {getattr(shape, name)} as in {source}")
     if problems:
         raise ValueError("; ".join(problems))
-    if config.sample_every:
-        encode_prompt(config.sample_prompt, config.model.vocab_size)  # raises if it cannot be done
-    quickstart = config.preset == "quickstart"
-    if not quickstart:  # whose shards may be missing: they are written below
-        open_data(config)  # raises if they are
-    lock = lock_folder(config.log_dir, flag="--log-dir")
-    if not config.resume and checkpoint.contains_run(config.log_dir):
-        raise ValueError(
-            f"{config.log_dir} contains a run; continue it with --resume or give another --log-dir"
-        )
-    if quickstart and not has_all_shards(config.data_dir):
-        # This continues what a killed process has begun, and refuses what another is writing.
-        dataset.prepare(
-            dataset.DatasetConfig(source="stdlib", data_dir=config.data_dir, shard_size=50_000)
-        )
-    return lock
+    return replace(shape, context_length=context_length)
 
 
-def has_all_shards(data_dir: Path) -> bool:
-    """Whether a folder holds shards, and all that its index names."""
-    try:
-        dataset.check_complete(data_dir)
-    except (ValueError, FileNotFoundError):
-        return False
-    return any(data_dir.glob("*.npy"))
-
-
-def train(
-    config: TrainConfig, dist_info: DistInfo, on_step: Callable[[Run], None] | None = None
-) -> None:
-    """The whole run; ``on_step`` is called before each step.
-
-    Raises ValueError or FileNotFoundError for invalid settings or missing data, ConnectionError
-    when another rank has died, FloatingPointError after too many gradients that are not finite.
-    """
-    settings: dict[str, Any] = asdict(config)
-    dist_info.require_equal({k: v for k, v in settings.items() if k not in LOCAL_SETTINGS})
-    locks: list[FolderLock] = []  # filled on rank 0, held until the run has ended
-    dist_info.run_on_rank_0(lambda: locks.append(prepare(config, dist_info.world_size)))
-    run = Run(config, dist_info, lock=locks[0] if locks else None)
-    profiler: torch.profiler.profile | None = None
-    if config.profile:
-        trace = config.log_dir / f"trace_rank{dist_info.rank}.json"
-        profiler = start_profiler(trace, config.profile, run.logger)
-    try:
-        for steps_done, _ in enumerate(training_loop(run)):
-            if profiler is not None and steps_done > 0:
-                profiler.step()
-            if on_step is not None:
-                on_step(run)
-    except KeyboardInterrupt:  # a second SIGINT ends the process at once
-        raise
-    except BaseException as error:  # a missing shard, a dead rank, out of memory
-        if run.lost_folder:
-            raise
-        # Unless the update itself has failed, the weights are those of the last complete one.
-        run.ending = run.failed = True
-        can_save = isinstance(error, OSError | RuntimeError | ValueError) and not run.updating
-        if can_save and config.checkpoint_every > 0:
-            try:
-                save_checkpoint(run)
-            except RuntimeError as unsaved:  # a GPU that has failed, or waits for a dead rank
-                report_unsaved(run, unsaved)
-        report_checkpoint(run, wait=True)  # the process may end without Python's own clean-up
-        # When a rank has died, gloo raises a plain RuntimeError that names its source file.
-        died = isinstance(error, dist.DistBackendError)
-        if died or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
-            raise ConnectionError(
-                f"another rank has failed after step {run.step}: see its message, then resume with"
-                f" the same command and --resume ({first_line(error)})"
-            ) from error
-        raise
-    if profiler is not None:
-        profiler.stop()
-    # The loader of this rank failed, and all ranks have stopped at the same step and saved.
-    if run.loader.error is not None and run.step < config.max_steps:
-        raise run.loader.error
-    if dist_info.rank == 0:
-        report_end(run)
-
-
-def report_end(run: Run) -> None:
-    """Print how the run ended and what there is of it, and plot it if it is finished.
-
-    Raises OSError when its last checkpoint could not be written.
-    """
-    config = run.config
-    newest = next(iter(checkpoint.list_checkpoints(config.log_dir)), None)
-    if run.step < config.max_steps:
-        remedy = "resume with the same command and --resume" if newest else "there is no checkpoint"
-        name = run.stop_signal.name or "another rank"
-        run.logger.print(f"stopped by {name} after {run.step} steps; {remedy}")
-    else:
-        report_done(run, has_checkpoints=newest is not None)
-    if config.checkpoint_every > 0 and run.saved_step != run.step:
-        remedy = f"the newest is {newest}" if newest else "there is none"
-        raise OSError(f"the last checkpoint was not saved, {remedy}: {run.save_problem}")
-
-
-def report_done(run: Run, has_checkpoints: bool) -> None:
-    """Plot a finished run and say which files it has left."""
-    config = run.config
-    try:
-        plot.plot_run(config.log_dir)
-    except Exception as error:  # whatever it is: a run never fails because its picture does
-        run.logger.print(f"no plot: {first_line(error)}")
-    names = ("metrics.jsonl", "plot.png", "report.md")
-    left = [name for name in names if (config.log_dir / name).is_file()]
-    left += ["checkpoints"] if has_checkpoints else []
-    listed = " and ".join(filter(None, (", ".join(left[:-1]), *left[-1:]))) or "no files"
-    text = f"done: {listed} are in {config.log_dir}/"
-    if has_checkpoints:
-        command = f'python eval.py --checkpoint {config.log_dir} --prompt "{config.sample_prompt}"'
-        text += f"; now try\n{command}"
-    run.logger.print(text)
-
-
-def main(on_step: Callable[[Run], None] | None = None) -> None:
+def main(on_step: Callable[[Progress, GPT], None] | None = None) -> None:
     """Parse the flags and train. --preset chooses the defaults, which the other flags override."""
-    with exit_with_one_line():
+    with exit_with_one_line(remedy="continue with the same command and --resume"):
         # First only --preset, because tyro needs the defaults before it parses anything. It is
         # tyro that refuses a name that is missing or unknown, with the names that there are.
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--preset", nargs="?")
         name = parser.parse_known_args()[0].preset
         preset = PRESETS.get(name, PRESETS["gpt-xs"])
-        config = parse_options(TrainConfig, description=__doc__, default=preset)
+        config = parse(TrainConfig, description=__doc__, default=preset)
         dist_info = DistInfo.initialize(config.device)
-        start = {"preset": config.preset, "resume": config.resume, "init_from": config.init_from}
-        dist_info.require_equal(start)  # a rank must not wait for the others' part in what follows
+        # Before a step that not all ranks would take, and in which the others wait for them.
+        dist_info.require_equal({"preset": config.preset, "init_from": config.init_from})
         if config.init_from is not None or config.preset == "finetune":
-            config = with_initial_shape(config, preset, dist_info)
+            shape = dist_info.on_rank_0(lambda: initial_shape(config))
+            config = replace(config, model=shape)
         try:
             train(config, dist_info, on_step)
         except torch.OutOfMemoryError as error:
-            half = config.micro_batch // 2
-            smaller = half or "--recompute 1"
+            smaller = config.micro_batch // 2 or "--recompute 1"
             raise MemoryError(
                 f"out of GPU memory at --micro-batch {config.micro_batch}; use {smaller}"
+            ) from error
+        except RuntimeError as error:
+            if not is_compile_error(error):
+                raise
+            raise RuntimeError(
+                f"torch.compile failed ({first_line(error)}): train with --no-compile, or give"
+                " TORCHINDUCTOR_CACHE_DIR and TMPDIR a folder with space"
             ) from error
         # Reached only after success: after an error NCCL would wait here for the other ranks.
         if dist.is_initialized():

@@ -15,17 +15,17 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import checkpoint
-from checkpoint import TrainingState
+from gptxs import checkpoint
+from gptxs.checkpoint import TrainingState
+from gptxs.optim import build_optimizer
 from model import GPT, GPTConfig
-from optim import build_optimizer
 
 BLOCK = 64 << 20  # bytes of one write call of the plain write
 
@@ -105,12 +105,11 @@ def main() -> None:
         saves = []
         plains = []
         for step in range(options.rounds):
-            start = time.perf_counter()
-            writer.start(model, replace(state, step=step))
-            pauses.append(time.perf_counter() - start)
+            writer.start(model.weights(), asdict(model.config), replace(state, step=step))
             saved = writer.finished(wait=True)
             assert saved is not None
-            saves.append(pauses[-1] + saved.seconds)
+            pauses.append(saved.pause)
+            saves.append(saved.pause + saved.seconds)
             for old in checkpoint.list_checkpoints(log_dir)[1:]:
                 shutil.rmtree(old)
             size = sum(file.stat().st_size for file in saved.folder.iterdir())

@@ -36,6 +36,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dataset
+from gptxs.sources import stdlib_documents
+from gptxs.tokenizer import END_OF_TEXT, get_tokenizer
 
 SHARD_SIZE = 10_000_000
 WAYS = ("ours", "command", "recipe", "ceiling")
@@ -68,7 +70,9 @@ def cpu_seconds() -> float:
 def ours(data: Path, workers: int, out: Path) -> tuple[float, float, np.ndarray]:
     import pyarrow.parquet  # noqa: F401
 
-    config = dataset.DatasetConfig(str(data), data_dir=out, workers=workers, shard_size=SHARD_SIZE)
+    config = dataset.DatasetConfig(
+        (str(data),), data_dir=out, workers=workers, shard_size=SHARD_SIZE
+    )
     start, cpu = time.perf_counter(), cpu_seconds()
     dataset.prepare(config)
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
@@ -89,8 +93,8 @@ def command(data: Path, workers: int, out: Path) -> tuple[float, float, np.ndarr
 
 
 def tokenize(document: dict[str, str]) -> np.ndarray:
-    tokens = [dataset.END_OF_TEXT]
-    tokens.extend(dataset.get_tokenizer().encode_ordinary(document["text"]))
+    tokens = [END_OF_TEXT]
+    tokens.extend(get_tokenizer().encode_ordinary(document["text"]))
     array = np.array(tokens)
     if not ((array >= 0) & (array < 2**16)).all():
         raise ValueError("a token that is no uint16")
@@ -127,7 +131,7 @@ def ceiling(data: Path, workers: int, out: Path) -> tuple[float, float, np.ndarr
 
     files = sorted(data.glob("*.parquet"))
     texts = [t for f in files for t in pq.read_table(f, columns=["text"])["text"].to_pylist()]
-    encode = dataset.get_tokenizer().encode_to_numpy
+    encode = get_tokenizer().encode_to_numpy
     context = multiprocessing.get_context("fork")
     barrier, times = context.Barrier(workers), context.Queue()
 
@@ -138,7 +142,7 @@ def ceiling(data: Path, workers: int, out: Path) -> tuple[float, float, np.ndarr
         start, cpu = time.perf_counter(), time.process_time()
         tokens = [encode(text, disallowed_special=()) for text in mine]
         times.put((start, time.perf_counter(), time.process_time() - cpu))
-        marked = [np.append(dataset.END_OF_TEXT, t) for t in tokens]
+        marked = [np.append(END_OF_TEXT, t) for t in tokens]
         np.save(out / f"{part:06d}.npy", np.concatenate(marked).astype(np.uint16))
 
     ends = np.cumsum([len(text) for text in texts])
@@ -156,7 +160,7 @@ def ceiling(data: Path, workers: int, out: Path) -> tuple[float, float, np.ndarr
 
 def run_one(way: str, data: Path, workers: int) -> None:
     if way != "command":
-        dataset.get_tokenizer()
+        get_tokenizer()
     with tempfile.TemporaryDirectory() as out:
         run = {"ours": ours, "command": command, "recipe": recipe, "ceiling": ceiling}[way]
         seconds, cpu, tokens = run(data, workers, Path(out))
@@ -174,7 +178,7 @@ def embedded_corpus(folder: Path) -> Path:
     import pyarrow.parquet as pq
 
     for i in range(8):
-        texts = dataset.stdlib_documents() * 5
+        texts = stdlib_documents() * 5
         table = pa.table({"text": texts, "id": [f"{i}-{j}" for j in range(len(texts))]})
         pq.write_table(table, folder / f"{i:03d}.parquet", row_group_size=1000, compression="zstd")
     return folder

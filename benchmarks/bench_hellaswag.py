@@ -26,10 +26,9 @@ import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import common
-
 import hellaswag
-from dataset import get_tokenizer, save_tokenizer
+from gptxs.distributed import choose_device, choose_dtype
+from gptxs.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
 Records = list[dict[str, Any]]
@@ -51,13 +50,13 @@ class Options:
     """cuda, cuda:1, mps or cpu."""
 
 
-def tokenize(records: Records, convention: str = "both") -> list[hellaswag.Example]:
+def tokenize(records: Records, convention: str = "both") -> tuple[hellaswag.Example, ...]:
     """The examples in both conventions or in one of them."""
-    examples = [hellaswag.tokenize(record, where="data") for record in records]
+    examples = tuple(hellaswag.tokenize(record, where="data") for record in records)
     if convention == "both":
         return examples
     i = list(hellaswag.CONVENTIONS).index(convention)
-    return [dataclasses.replace(e, requests=e.requests[i : i + 1]) for e in examples]
+    return tuple(dataclasses.replace(e, requests=e.requests[i : i + 1]) for e in examples)
 
 
 @torch.no_grad()
@@ -88,12 +87,13 @@ def count_multiplications(model: GPT, records: Records) -> tuple[int, int]:
     """Multiplications by weights that hellaswag.py's completion row and the recipe make."""
     head = model.lm_head.weight.numel()
     body = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
-    requests = tuple(example.requests[0] for example in tokenize(records, "completion"))
+    examples = tokenize(records, "completion")
+    device = model.lm_head.weight.device
     ours = 0
-    for batch in hellaswag.pack(requests, model.config.context_length):
-        ours += batch.inputs[0].numel() * body + batch.targets.size(1) * head
+    for inputs, targets in hellaswag.pack_for(device, examples, model.config.context_length):
+        ours += inputs[0].numel() * body + targets.size(1) * head
     padded = 0
-    for request in requests:
+    for request in (example.requests[0] for example in examples):
         padded += 4 * (len(request.context) + max(len(choice) for choice in request.choices))
     return ours, padded * (body + head)
 
@@ -144,8 +144,8 @@ def time_rows(
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     logging.disable(logging.WARNING)
-    device = common.choose_device(options.device)
-    dtype = common.choose_dtype(options.dtype, device)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
     lines = options.data.read_text("utf-8").splitlines()
     lines = lines[:: max(1, len(lines) // options.examples)][: options.examples]
     records = [json.loads(line) for line in lines]
@@ -168,7 +168,6 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        save_tokenizer(Path(folder), model.config.context_length)
         for batch in options.lm_eval_batches:
             rows[f"lm_eval, batch {batch}"] = Harness(Path(folder), device, options.dtype, batch)
         speed = time_rows(rows, records, options.rounds)

@@ -22,8 +22,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import exit_with_one_line
-
+from gptxs.cli import exit_with_one_line
 from plot import RunLog, plot, read_metrics
 
 ROOT = Path(__file__).parent.parent

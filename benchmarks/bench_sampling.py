@@ -2,8 +2,7 @@
 
 GPT-2 124M with random weights, one prompt, greedy, no early stop. The limit is a bare loop over the
 same matrices, a matrix-vector product each: no token can be computed without reading all weights
-once; int8 weights are fewer bytes than its. The methods alternate, and each reports its best round,
-without the preparation of the weights, which only the first round needs.
+once. The methods alternate, and each reports its best round.
 
 Example: python benchmarks/bench_sampling.py --dtype bf16
 """
@@ -21,9 +20,9 @@ import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import VOCAB_SIZE, choose_device
-
-from eval import Sampler, SamplingOptions
+from eval import SamplingOptions, generate
+from gptxs.distributed import choose_device
+from gptxs.tokenizer import VOCAB_SIZE
 from model import GPT, GPTConfig
 
 
@@ -51,8 +50,6 @@ class Options:
 class Method:
     samples: int
     run: Callable[[], object]
-    weight_bytes: float
-    """Bytes of a weight in a matrix."""
 
 
 def main() -> None:
@@ -67,16 +64,15 @@ def main() -> None:
     # All matrices that a token is multiplied with, the head among them.
     weights = [p.data for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name]
 
-    def ours(samples: int, int8: bool = False) -> Method:
-        sampler = Sampler(model, int8=int8)
+    def ours(samples: int) -> Method:
         sampling = SamplingOptions(max_new_tokens=n, num_samples=samples, temperature=0)
 
         def run() -> None:
-            for token in sampler.stream(idx, sampling):  # noqa: B007
-                pass
-            token.tolist()  # waits for the device
+            out = generate(model, idx, sampling)
+            # Random weights do not end a text, which would be a shorter one.
+            assert out.shape == (samples, options.prompt + n)
 
-        return Method(samples, run, 1 if int8 else dtype.itemsize)
+        return Method(samples, run)
 
     @torch.inference_mode()
     def limit() -> None:
@@ -96,12 +92,8 @@ def main() -> None:
     methods = {
         "ours": ours(1),
         batched: ours(options.batch),
-        "limit": Method(1, limit, dtype.itemsize),
+        "limit": Method(1, limit),
     }
-    int8 = ("ours, int8", f"{batched}, int8")
-    if device.type == "cpu":  # other devices refuse it
-        methods[int8[0]] = ours(1, int8=True)
-        methods[int8[1]] = ours(options.batch, int8=True)
     if options.hugging_face:
         from transformers import AutoModelForCausalLM
 
@@ -114,9 +106,9 @@ def main() -> None:
             out = theirs.generate(idx, do_sample=False, max_new_tokens=n, min_new_tokens=n)
             out[0, -1].item()  # waits for the device
 
-        methods["Hugging Face"] = Method(1, hugging_face, dtype.itemsize)
+        methods["Hugging Face"] = Method(1, hugging_face)
     if options.uncached:
-        methods["without cache"] = Method(1, uncached, dtype.itemsize)
+        methods["without cache"] = Method(1, uncached)
 
     best = dict.fromkeys(methods, float("inf"))  # seconds
     for _ in range(options.rounds):
@@ -129,14 +121,14 @@ def main() -> None:
 
     threads = torch.get_num_threads()
     print(f"124M, {options.prompt} + {n} tokens, {options.dtype}, {device}, {threads} threads")
-    billions = sum(w.numel() for w in weights) / 1e9
+    gigabytes = sum(w.numel() for w in weights) * dtype.itemsize / 1e9
     speed = {}
     for name, method in methods.items():
         speed[name] = method.samples * n / best[name]
-        bandwidth = billions * method.weight_bytes * n / best[name]
+        bandwidth = gigabytes * n / best[name]
         print(f"{name:19} {speed[name]:9.2f} tokens/s   weights at {bandwidth:7.2f} GB/s")
     for name in methods:
-        if name in (batched, *int8):
+        if name == batched:
             print(f"{name} / ours {speed[name] / speed['ours']:.2f}")
         elif name != "ours":
             print(f"ours / {name} {speed['ours'] / speed[name]:.2f}")

@@ -2,7 +2,7 @@
 
 One device, random tokens, no network. On a GPU the variants take turns; on a CPU each has a process
 of its own, since one step's speed depends on the memory that others have freed. Each reports the
-median of its rounds. "ours" is a step of train.py's own loop: loader, compiled model, chunked loss,
+median of its rounds. "ours" is a step of train.train itself: loader, compiled model, chunked loss,
 clipping, AdamW and logging. Memory is the peak of a variant's second step: weights, gradients,
 AdamW's moments and activations. The ceiling is a large matrix product in the precision that
 `--dtype auto` chooses; "in products" is the part of a step spent in matrix products and attention
@@ -12,50 +12,63 @@ AdamW's moments and activations. The ceiling is a large matrix product in the pr
     python benchmarks/bench_train.py --device cpu --tables variants   one of them
 """
 
-import contextlib
+from __future__ import annotations
+
+import contextvars
 import ctypes
 import gc
 import io
 import math
 import multiprocessing
 import os
+import queue
 import re
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    redirect_stdout,
+)
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch._inductor.config
-import tyro
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import timer  # reads the clock once the GPU has finished
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import common
-
 from plain_steps import Step, hugging_face, nanogpt, torch_loss, use_torch_attention
 
-import metrics
-import plot
 import train
-from data_loader import TokenLoader
+from data_loader import TokenDataset
+from gptxs import metrics
+from gptxs.cli import exit_with_one_line, first_line, parse
+from gptxs.compiler import compiler_problem
+from gptxs.distributed import DistInfo, DtypeName, choose_device, choose_dtype, keep_freed_memory
+from gptxs.tokenizer import VOCAB_SIZE
 from model import GPT
 from train import TrainConfig
 
-DTYPES: dict[common.DtypeName, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
+DTYPE_NAMES: dict[torch.dtype, DtypeName] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
 }
+Table = Literal["variants", "options", "growth", "recompute", "ranks"]
 
 
 @dataclass(frozen=True)
@@ -64,70 +77,166 @@ class BenchConfig:
 
     device: str = "auto"
     """cuda, cuda:1 or cpu; auto: the machine's GPU, or the CPU without one."""
-    tables: tuple[Literal["variants", "growth", "recompute", "ranks"], ...] = (
-        "variants",
-        "growth",
-        "recompute",
-        "ranks",
-    )
+    tables: tuple[Table, ...] = ("variants", "options", "growth", "recompute", "ranks")
     """Tables to measure, in this order."""
+    size: train.Preset = "gpt2"
+    """The preset whose model the tables of variants and options have."""
+    layers: int | None = None
+    """Blocks of that model: fewer compile sooner. Default: the preset's."""
     micro_batch: int | None = None
-    """Sequences computed at once in the table of variants. Default: 64, on a CPU 4."""
+    """Sequences computed at once in these tables. Default: 64, on a CPU 4."""
     context_length: int = 512
-    """Tokens of a sequence in that table."""
+    """Tokens of a sequence in these tables."""
     batch_tokens: int | None = None
-    """Tokens of a step in that table. Default: 524,288, on a CPU one micro-batch."""
+    """Tokens of a step in these tables. Default: 524,288, on a CPU one micro-batch."""
     only: str = ""
     """Measure only rows whose name this regular expression finds, but for the table of ranks."""
     rounds: int = 3
     """Timed steps of each row."""
+    time_limit: float = math.inf
+    """Seconds of a table after which it begins no further row."""
     ceiling: bool = True
     """Measure large matrix products first, which all rows are compared with."""
+    compile: bool = True
+    """Compile what is compiled by default."""
+    turns: bool = False
+    """Let a CPU's rows take turns in one process too: sooner, and no measurement."""
 
 
 # ---- our step ------------------------------------------------------------------------------------
 
 
-class BlockingLoader(TokenLoader):
-    """Reads each batch when the training loop asks for it."""
+class Enough(Exception):
+    """Ends a run from its on_step."""
+
+
+@contextmanager
+def ours(
+    config: TrainConfig,
+    at_first: Callable[[GPT], AbstractContextManager[Any]] = lambda model: nullcontext(),
+    replacing: dict[str, object] | None = None,
+) -> Iterator[Step]:
+    """The step of train.train itself, in a run with a log folder of its own.
+
+    The run is in a thread, and waits before each step until that step is wanted. ``at_first`` is
+    given the model before the first step, which compiles, and what it returns surrounds that step.
+    ``replacing`` gives names of train.py another meaning where the run is set up.
+    """
+    log_dir = Path(tempfile.mkdtemp(dir=config.data_dir))
+    device = torch.device(config.device)
+    wanted: queue.SimpleQueue[AbstractContextManager[Any] | None] = queue.SimpleQueue()
+    done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    around = ExitStack()  # the step that is made
+
+    def on_step(progress: train.Progress, model: GPT) -> None:
+        around.close()
+        if progress.step == 0:
+            around.enter_context(at_first(model))
+        done.put(None)
+        within = wanted.get()
+        if within is None:
+            raise Enough
+        around.enter_context(within)
+
+    def run() -> None:
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # a thread starts on GPU 0
+            dist_info = DistInfo(rank=0, world_size=1, device=device)
+            train.train(replace(config, log_dir=log_dir), dist_info, on_step)
+        except BaseException as error:  # of the step that the other thread waits for
+            done.put(error)
+
+    def wait() -> None:
+        error = done.get()
+        if error is not None:
+            raise error
+
+    def step(within: AbstractContextManager[Any] | None = None) -> None:
+        wanted.put(within or nullcontext())
+        wait()
+
+    # torch's settings belong to a thread: this one starts with those of the thread that waits.
+    target = contextvars.copy_context().run
+    thread = threading.Thread(target=target, args=(run,), daemon=True)
+    try:
+        with patch.dict(vars(train), replacing or {}):
+            thread.start()
+            wait()
+        yield step
+    finally:
+        wanted.put(None)
+        thread.join()
+
+
+class BlockingLoader:
+    """Reads each batch when the training loop asks for it, in place of a TokenLoader."""
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        batches: Iterable[np.ndarray],
+        device: torch.device,
+        prefetch: int,
+    ) -> None:
+        self.dataset = dataset
+        self.batches = iter(batches)
+        self.device = device
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        windows = self.dataset.windows(next(iter(self.batches)))
+        windows = self.dataset.windows(next(self.batches))
         tokens = torch.from_numpy(windows).to(self.device).long()
         return tokens[:, :-1], tokens[:, 1:]
 
+    def close(self) -> None:
+        pass
 
-def ours(
-    config: TrainConfig, prefetch: bool = True, logging: bool = True, blocked_attention: bool = True
-) -> Step:
-    """A step of train.py's loop, in a run with a log folder of its own."""
-    config = replace(config, log_dir=Path(tempfile.mkdtemp(dir=config.data_dir)))
-    device = torch.device(config.device)
-    run = train.Run(config, common.DistInfo(rank=0, world_size=1, device=device))
-    # The run's own handlers would only end its loop, where a signal must end the benchmark.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    run.logger.enabled = logging
-    if not blocked_attention:
-        use_torch_attention(run.model)
-    if not prefetch:
-        run.loader.close()
-        run.loader = BlockingLoader(run.train_data, run.loader.batches, device, prefetch=1)
-        run.loader.close()  # ends the thread that would read ahead
-    loop = train.training_loop(run)
-    next(loop)  # the loop yields before each step: bring it before the first one
-    return loop.__next__
+
+def silent_logger(**settings: Any) -> metrics.MetricsLogger:
+    """A logger that reads the numbers of the steps, and reports none."""
+    return metrics.MetricsLogger(**{**settings, "enabled": False})
+
+
+def torch_attention(model: GPT) -> AbstractContextManager[None]:
+    use_torch_attention(model)
+    return nullcontext()
+
+
+def keep_activations(model: GPT) -> AbstractContextManager[None]:
+    """Nothing is computed again in the backward pass, where compile_model chose otherwise."""
+    torch._functorch.config.activation_memory_budget = 1.0
+    return nullcontext()
+
+
+def attention(backend: SDPBackend) -> Callable[[GPT], AbstractContextManager[None]]:
+    """One attention kernel instead of torch's choice, which is made where the step compiles."""
+    return lambda model: sdpa_kernel(backend)
+
+
+def inductor(flags: dict[str, bool]) -> Callable[[GPT], AbstractContextManager[None]]:
+    """Settings of Inductor, which it reads where the step compiles."""
+    return lambda model: torch._inductor.config.patch(flags)
+
+
+def residual(dtype: torch.dtype) -> Callable[[GPT], AbstractContextManager[None]]:
+    """The residual stream in this precision, where the model has a choice."""
+
+    def at_first(model: Any) -> AbstractContextManager[None]:
+        if not hasattr(model, "residual_dtype"):
+            raise AttributeError("this model.py has no residual_dtype")
+        model.residual_dtype = dtype
+        return nullcontext()
+
+    return at_first
 
 
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def keeping_activations(config: TrainConfig) -> Step:
-    """Ours on a CPU without computing norms and GELU again in the backward pass."""
-    step = ours(config)
-    # compile_model has set it to less. It is read where the step compiles, in the first one.
-    torch._functorch.config.activation_memory_budget = 1.0
-    return step
+def start_profiler() -> None:
+    """Kineto starts in the main thread, or says that it could not. Later any thread may use it."""
+    with torch.profiler.profile():
+        pass
 
 
 @dataclass
@@ -136,14 +245,14 @@ class Variant:
 
     name: str
     config: TrainConfig
-    build: Callable[[TrainConfig], Step] = ours
-    keeps_memory: bool = True  # that it frees; see common.keep_freed_memory
+    build: Callable[[TrainConfig], AbstractContextManager[Step]] = ours
+    keeps_memory: bool = True  # that it frees; see keep_freed_memory
     memory_gb: float = 0.0
     in_products: float | None = None  # part of the time
     seconds: list[float] = field(default_factory=list)  # of each round
 
 
-def time_once(step: Step) -> float:
+def time_once(step: Callable[[], object]) -> float:
     """Seconds of one call, until the device has finished."""
     start = timer()
     step()
@@ -164,21 +273,23 @@ def reset_memory(device: torch.device) -> float:
     return metrics.peak_memory_gb(device)
 
 
-def warm_up(variant: Variant, device: torch.device) -> Step:
-    """Build a variant's step, and run it for all that is measured besides its time."""
+def warm_up(variant: Variant, device: torch.device, stack: ExitStack) -> Step:
+    """Build a variant's step, and run it for all that is measured besides its time.
+
+    ``stack`` then ends what the step has started.
+    """
     before = reset_memory(device)
-    step = variant.build(variant.config)
-    step()  # compiles, and allocates AdamW's moments
+    step = stack.enter_context(variant.build(variant.config))
+    first = time_once(step)  # compiles, and allocates AdamW's moments
     reset_memory(device)
     seconds = time_once(step)
     variant.memory_gb = metrics.peak_memory_gb(device) - before
     # All that is known of this row if the time runs out before the table is printed.
-    print(
-        f"{variant.name}: {seconds:.3f} s, {variant.memory_gb:.2f} GB", file=sys.stderr, flush=True
-    )
+    known = f"{seconds:.3f} s, first {first:.1f} s, {variant.memory_gb:.2f} GB"
+    print(f"{variant.name}: {known}", file=sys.stderr, flush=True)
     if device.type == "cpu":
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            step()
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        step(profiler)
         # Matrix products and attention: the work that no variant can avoid.
         names = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "mkl")
         times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
@@ -187,18 +298,31 @@ def warm_up(variant: Variant, device: torch.device) -> Step:
     return step
 
 
-def measure(variants: list[Variant], rounds: int, device: torch.device) -> list[Variant]:
-    """Time the variants in turn. Those that fail are reported, and not returned."""
+def measure(
+    variants: list[Variant], rounds: int, device: torch.device, time_limit: float = math.inf
+) -> list[Variant]:
+    """Time the variants in turn. Those that fail are reported, and not returned.
+
+    After ``time_limit`` seconds no further one begins.
+    """
+    start = timer()
     steps: list[Step] = []
     ready: list[Variant] = []
-    with contextlib.redirect_stdout(io.StringIO()):  # what train.py prints
+    with redirect_stdout(io.StringIO()), ExitStack() as stack:  # what train.py prints
         for variant in variants:
             try:
-                steps.append(warm_up(variant, device))
+                if timer() - start > time_limit:
+                    raise TimeoutError("the table's time is over")
+                with ExitStack() as own:  # closed here if it fails
+                    steps.append(warm_up(variant, device, own))
+                    stack.enter_context(own.pop_all())
                 ready.append(variant)
             except Exception as error:  # out of memory, or a feature that this torch lacks
-                reason = common.first_line(error)
-                print(f"{variant.name}: skipped ({reason:.150})", file=sys.stderr, flush=True)
+                print(
+                    f"{variant.name}: skipped ({first_line(error):.150})",
+                    file=sys.stderr,
+                    flush=True,
+                )
         # Round by round: when the machine's speed drifts, it drifts for all of them.
         for _ in range(rounds):
             for variant, step in zip(ready, steps, strict=True):
@@ -207,26 +331,31 @@ def measure(variants: list[Variant], rounds: int, device: torch.device) -> list[
 
 
 def measure_alone(
-    bench: BenchConfig, base: TrainConfig, name: str
+    bench: BenchConfig, base: TrainConfig, table: Table, title: str, name: str
 ) -> tuple[float, float | None, list[float]] | None:
     """What a CPU's variant is found to need, for a process of its own; None if it fails."""
-    _, rows = variants(bench, base, cuda=False)
+    rows = dict(TABLES[table](bench, base, cuda=False))[title]
     row = next(row for row in rows if row.name == name)
     if row.keeps_memory:
-        common.keep_freed_memory()
+        keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     device = torch.device("cpu")
-    train.compiler_problem(device)  # so that the compiler's own memory is not counted
+    if row.config.compile:
+        compiler_problem(device)  # so that the compiler's own memory is not counted
+    start_profiler()
     measured = measure([row], bench.rounds, device)
     return (row.memory_gb, row.in_products, row.seconds) if measured else None
 
 
-def measure_each_alone(rows: list[Variant], bench: BenchConfig, base: TrainConfig) -> list[Variant]:
+def measure_each_alone(
+    rows: list[Variant], bench: BenchConfig, base: TrainConfig, table: Table, title: str
+) -> list[Variant]:
     """Measure a CPU's variants, one after the other. Those that fail are not returned."""
     ready = []
     for row in rows:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            result = process.submit(measure_alone, bench, base, row.name).result()
+            task = process.submit(measure_alone, bench, base, table, title, row.name)
+            result = task.result()
         if result is not None:
             row.memory_gb, row.in_products, row.seconds = result
             ready.append(row)
@@ -265,37 +394,48 @@ def show(title: str, measured: list[Variant], ceiling: float, peak: float | None
         )
 
 
-def shape(base: TrainConfig, B: int, T: int, size: str = "gpt2") -> TrainConfig:
+def shape(base: TrainConfig, B: int, T: int, size: train.Preset = "gpt2") -> TrainConfig:
     """Steps of one micro-batch (B, T), with the model of a preset; by default that of 124M."""
     model = replace(train.PRESETS[size].model, context_length=T)
     return replace(base, model=model, micro_batch=B, batch_tokens=B * T)
 
 
-def variants(bench: BenchConfig, base: TrainConfig, cuda: bool) -> tuple[str, list[Variant]]:
-    """The title and the rows: ours, ours without each of its parts, and the others."""
+def chosen_shape(bench: BenchConfig, base: TrainConfig, cuda: bool) -> tuple[TrainConfig, str]:
+    """The step of the flags, and a name for its shape."""
     B = bench.micro_batch or (64 if cuda else 4)
     T = bench.context_length
+    config = shape(base, B, T, bench.size)
     batch_tokens = bench.batch_tokens or (524_288 if cuda else B * T)
-    config = replace(shape(base, B, T), batch_tokens=batch_tokens)
+    layers = bench.layers or config.model.n_layers
+    model = replace(config.model, n_layers=layers)
+    where = f"{bench.size}, {layers} layers, {B} x {T}, {batch_tokens:,} tokens a step"
+    config = replace(config, model=model, batch_tokens=batch_tokens, compile=bench.compile)
+    return config, f"{where}, {config.dtype}"
+
+
+def variants(
+    bench: BenchConfig, base: TrainConfig, cuda: bool
+) -> Iterator[tuple[str, list[Variant]]]:
+    """Title and rows: ours, ours without each of its parts, and the others."""
+    config, where = chosen_shape(bench, base, cuda)
     eager = replace(config, compile=False)
     plain_loss = replace(config, loss_rows=0)
-    # Inductor splits the loss by itself (since 2.13). The setting is read where a step compiles,
-    # in the first one, so it is the step that is wrapped.
-    auto_chunker = torch._inductor.config.patch({"auto_chunker.enable": True})
+    # Inductor splits the loss by itself (since 2.13).
+    auto_chunker = partial(ours, at_first=inductor({"auto_chunker.enable": True}))
+    no_prefetch = partial(ours, replacing={"TokenLoader": BlockingLoader})
     rows = [
         Variant("ours", config),
         Variant("ours, plain loss", plain_loss),
-        Variant("ours, Inductor's auto_chunker", plain_loss, lambda c: auto_chunker(ours(c))),
+        Variant("ours, Inductor's auto_chunker", plain_loss, auto_chunker),
         Variant("ours, not compiled", eager),
-        Variant("ours, no prefetch", config, partial(ours, prefetch=False)),
+        Variant("ours, no prefetch", config, no_prefetch),
     ]
     # The steps of others, which do not change how malloc works.
     other = partial(Variant, keeps_memory=False)
     if cuda:
+        nothing_logged = partial(ours, replacing={"MetricsLogger": silent_logger})
         rows += [
-            Variant("ours, nothing logged", config, partial(ours, logging=False)),
-            Variant("ours, 4096 loss rows", replace(config, loss_rows=4096)),
-            Variant("ours, 8192 loss rows", replace(config, loss_rows=8192)),
+            Variant("ours, nothing logged", config, nothing_logged),
             other("plain step, torch's linear_cross_entropy", config, torch_loss),
             other("nanoGPT-style", config, nanogpt),
             other("Hugging Face", config, hugging_face),
@@ -306,8 +446,10 @@ def variants(bench: BenchConfig, base: TrainConfig, cuda: bool) -> tuple[str, li
         fp32_eager = replace(eager, dtype="fp32")
         rows += [
             Variant("ours, freed memory returned", config, keeps_memory=False),
-            Variant("ours, nothing computed twice", config, keeping_activations),
-            Variant("ours, torch's attention", config, partial(ours, blocked_attention=False)),
+            Variant(
+                "ours, nothing computed twice", config, partial(ours, at_first=keep_activations)
+            ),
+            Variant("ours, torch's attention", config, partial(ours, at_first=torch_attention)),
             Variant("ours, 768 loss rows", replace(config, loss_rows=768)),
         ]
         if config.dtype == "fp32":
@@ -321,12 +463,44 @@ def variants(bench: BenchConfig, base: TrainConfig, cuda: bool) -> tuple[str, li
             other("Hugging Face, fp32, eager", fp32_eager, hugging_face),
             other("Hugging Face, bf16, eager", replace(eager, dtype="bf16"), hugging_face),
         ]
-    where = f"{B} x {T}, {batch_tokens:,} tokens a step"
-    title = f"Variants: 124M, {where}, {config.dtype} where not said otherwise"
-    return title, rows
+    yield f"Variants: {where} where not said otherwise", rows
 
 
-def growth(base: TrainConfig, cuda: bool) -> Iterator[tuple[str, list[Variant]]]:
+def options(
+    bench: BenchConfig, base: TrainConfig, cuda: bool
+) -> Iterator[tuple[str, list[Variant]]]:
+    """Title and rows: ours, each with one thing chosen otherwise. The likeliest gains first."""
+    config, where = chosen_shape(bench, base, cuda)
+    B = config.micro_batch
+    rows_at_once = B * config.model.context_length
+    rows = [Variant("ours", config)]
+    for n in (4096, 8192, 16_384):
+        if n < rows_at_once:
+            rows.append(Variant(f"{n} loss rows", replace(config, loss_rows=n)))
+    rows.append(Variant("all loss rows", replace(config, loss_rows=rows_at_once)))
+    if config.dtype != "fp32":
+        half = torch.bfloat16 if config.dtype == "bf16" else torch.float16
+        for dtype in (torch.float32, half):
+            build = partial(ours, at_first=residual(dtype))
+            rows.append(Variant(f"residual {DTYPE_NAMES[dtype]}", config, build))
+    if config.batch_tokens % (2 * rows_at_once) == 0:
+        rows.append(Variant(f"micro-batch {2 * B}", replace(config, micro_batch=2 * B)))
+    if cuda:
+        different = {
+            "cuDNN's attention": attention(SDPBackend.CUDNN_ATTENTION),
+            "flash attention": attention(SDPBackend.FLASH_ATTENTION),
+            "Inductor's combo_kernels": inductor({"combo_kernels": True}),
+            "Inductor's enable_pdl": inductor({"triton.enable_pdl": True}),
+            "Inductor's coordinate_descent_tuning": inductor({"coordinate_descent_tuning": True}),
+        }
+        for name, at_first in different.items():
+            rows.append(Variant(name, config, partial(ours, at_first=at_first)))
+    yield f"Options: {where}", rows
+
+
+def growth(
+    bench: BenchConfig, base: TrainConfig, cuda: bool
+) -> Iterator[tuple[str, list[Variant]]]:
     """Titles and rows: ours over the micro-batch, the context and the size of the model."""
     base = replace(base, compile=cuda)  # a CPU would compile for a minute in each row
     batches = (8, 16, 32, 64) if cuda else (1, 2, 4)
@@ -338,20 +512,26 @@ def growth(base: TrainConfig, cuda: bool) -> Iterator[tuple[str, list[Variant]]]
     rows = [Variant(f"{tokens // T} x {T}", shape(base, tokens // T, T)) for T in contexts]
     yield f"Context: 124M, {tokens:,} tokens at once", rows
     B = 16 if cuda else 1
-    sizes = ("gpt2", "gpt2-medium", "gpt2-large")
+    sizes: tuple[train.Preset, ...] = ("gpt2", "gpt2-medium", "gpt2-large")
     yield f"Model: {B} x 512", [Variant(size, shape(base, B, 512, size)) for size in sizes]
 
 
-def recompute(base: TrainConfig, cuda: bool) -> Iterator[tuple[str, list[Variant]]]:
+def recompute(
+    bench: BenchConfig, base: TrainConfig, cuda: bool
+) -> Iterator[tuple[str, list[Variant]]]:
     """Titles and rows: ours over the share of the blocks that is computed twice."""
     base = replace(base, compile=cuda)
-    for size, B in (("gpt2", 64 if cuda else 4), ("gpt2-large", 16 if cuda else 1)):
+    sizes: dict[train.Preset, int] = {"gpt2": 64 if cuda else 4, "gpt2-large": 16 if cuda else 1}
+    for size, B in sizes.items():
         config = shape(base, B, 512, size)
         rows = [
             Variant(f"{size}, --recompute {share:g}", replace(config, recompute=share))
             for share in (0.0, 0.5, 1.0)
         ]
-        yield f"Blocks computed again: {B} x 512", rows
+        yield f"Blocks computed again: {size}, {B} x 512", rows
+
+
+TABLES = {"variants": variants, "options": options, "growth": growth, "recompute": recompute}
 
 
 def ranks(data_dir: Path, cuda: bool) -> None:
@@ -375,56 +555,62 @@ def ranks(data_dir: Path, cuda: bool) -> None:
         threads = str(max(1, (os.cpu_count() or 1) // size))
         environment = {**os.environ, "OMP_NUM_THREADS": threads}
         subprocess.run(command, env=environment, capture_output=True, check=True)
-        _, speeds = plot.read_metrics(log_dir).series("train", "tokens_per_s")
+        rows, _ = metrics.read_rows(log_dir / "metrics.jsonl")
+        speeds = [row["tokens_per_s"] for row in rows if row["kind"] == "train"]
         speed = median(speeds[3:])  # without the steps that compile and allocate
         first = first or speed
         print(f"| {size} | {speed:,.0f} | {speed / first:.2f} |", flush=True)
 
 
+def prepare(folder: Path, device: torch.device, val_tokens: int = 10_000) -> TrainConfig:
+    """Write random shards, and set torch up; the settings of a run that only makes steps."""
+    start_profiler()
+    torch._dynamo.config.recompile_limit = 64  # each row compiles the same functions again
+    torch.set_float32_matmul_precision("high")
+    rng = np.random.default_rng(0)
+    for split, size in (("val", val_tokens), ("train", 20_000_000)):
+        tokens = rng.integers(0, VOCAB_SIZE, size, dtype=np.uint16)
+        np.save(folder / f"random_{split}_000000.npy", tokens)
+    return TrainConfig(
+        data_dir=folder,
+        device=str(device),
+        dtype=DTYPE_NAMES[choose_dtype("auto", device)],
+        val_every=0,
+        hellaswag_every=0,
+        sample_every=0,
+        checkpoint_every=0,
+    )
+
+
 def main() -> None:
     """Print the machine's ceiling, then each table when it is done."""
-    bench = tyro.cli(BenchConfig, description=__doc__)
-    with common.exit_with_one_line(), tempfile.TemporaryDirectory(prefix="bench_train_") as path:
-        folder = Path(path)
-        device = common.choose_device(bench.device)
+    with exit_with_one_line(), tempfile.TemporaryDirectory(prefix="bench_train_") as path:
+        bench = parse(BenchConfig, description=__doc__)
+        device = choose_device(bench.device)
         cuda = device.type == "cuda"
-        torch._dynamo.config.recompile_limit = 64  # each row compiles the same functions again
-        torch.set_float32_matmul_precision("high")
+        base = prepare(Path(path), device)
+        dtype = choose_dtype("auto", device)
         device_name = metrics.device_name(device)
         print(f"{device_name}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-        dtype = common.choose_dtype("auto", device)
-        dtype_name = next(name for name in DTYPES if DTYPES[name] == dtype)
         ceiling = math.nan
         if bench.ceiling:
             ceiling = matmul_flops(device, dtype)
-            print(f"ceiling in {dtype_name}: {ceiling / 1e12:.3f} TFLOP/s")
+            print(f"ceiling in {base.dtype}: {ceiling / 1e12:.3f} TFLOP/s")
         peak = metrics.peak_flops(device_name, str(dtype).removeprefix("torch."))
-
-        rng = np.random.default_rng(0)
-        for split, size in (("val", 10_000), ("train", 20_000_000)):
-            tokens = rng.integers(0, common.VOCAB_SIZE, size, dtype=np.uint16)
-            np.save(folder / f"random_{split}_000000.npy", tokens)
-        # Nothing of a run but its steps.
-        base = TrainConfig(val_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0)
-        base = replace(base, data_dir=folder, device=str(device), dtype=dtype_name)
         for table in bench.tables:
-            if table == "variants":
-                title, rows = variants(bench, base, cuda)
+            if table == "ranks":
+                ranks(base.data_dir, cuda)
+                continue
+            for title, rows in TABLES[table](bench, base, cuda):
                 rows = [row for row in rows if re.search(bench.only, row.name)]
-                if device.type == "cpu":
-                    measured = measure_each_alone(rows, bench, base)
-                else:
-                    measured = measure(rows, bench.rounds, device)
-                show(title, measured, ceiling, peak)
-            elif table in ("growth", "recompute"):
-                for title, rows in (growth if table == "growth" else recompute)(base, cuda):
-                    # One at a time: together they would not fit into memory.
-                    wanted = [row for row in rows if re.search(bench.only, row.name)]
-                    alone = [row for v in wanted for row in measure([v], bench.rounds, device)]
-                    if alone:
-                        show(title, alone, ceiling, peak)
-            else:
-                ranks(folder, cuda)
+                if not cuda and not bench.turns:
+                    measured = measure_each_alone(rows, bench, base, table, title)
+                elif table in ("variants", "options"):
+                    measured = measure(rows, bench.rounds, device, bench.time_limit)
+                else:  # one at a time: together they would not fit into memory
+                    measured = [v for row in rows for v in measure([row], bench.rounds, device)]
+                if measured:
+                    show(title, measured, ceiling, peak)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Python's fork server imports train.py once and forks a child for each run. The child sets torchrun's
 environment, runs ``train.main()`` with real flags and ends with a real exit code, so it can be
-killed, starved and signalled like any process. Faults are functions that the run calls before each
-step.
+killed, starved and signalled like any process. Faults are functions that are called before each
+step, or before the run, and may replace what they like: nobody else uses that process.
 """
 
 import atexit
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COUNTER = itertools.count()
-TIMEOUT = 120.0  # seconds after which a run hangs, by far more than any of them needs
+TIMEOUT = 300.0  # seconds after which a run hangs; on a busy machine compiling takes a minute
 # Milliseconds a step. The vocabulary is small, so prompts must be single bytes.
 TINY = (
     "--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.context-length 16"
@@ -40,8 +41,10 @@ TINY = (
 ).split()
 LONG = ("--max-steps", "100000")  # a run that something else has to end
 
-# What a run calls before each step: a module's function or a partial of one, since it is pickled.
+# A module's function or a partial of one, since it is pickled. What is called before each step gets
+# a namespace with ``step``, ``progress``, ``model``, ``rank`` and ``world_size``, always the same.
 OnStep = Callable[[Any], None] | None
+Before = Callable[[], None] | None
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -101,73 +104,101 @@ class Training:
         return (self.folder / f"{self.label}.err").read_text()
 
 
-def start(folder: Path, *flags: str, ranks: int = 1, on_step: OnStep = None) -> list[Training]:
+def start(
+    folder: Path, *flags: str, ranks: int = 1, on_step: OnStep = None, before: Before = None
+) -> list[Training]:
     """Starts train.py in ``folder`` with the tiny settings and these flags, once a rank."""
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = ["train.py", *TINY, *flags]
     return [
-        fork(folder, command, world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, on_step)
+        fork(folder, tiny(*flags), world | {"RANK": str(rank)}, on_step, before)
         for rank in range(ranks)
     ]
 
 
-def start_torchrun(folder: Path, *flags: str, options: tuple[str, ...]) -> Training:
-    """Starts torchrun with these options; it starts train.py itself, as fresh processes."""
-    return fork(folder, ["torchrun", *options, str(ROOT / "train.py"), *TINY, *flags])
+def tiny(*flags: str) -> list[str]:
+    """The tiny settings and these, which count where a flag is in both."""
+    return [*TINY, *flags]
 
 
 def fork(
     folder: Path,
-    command: list[str],
+    flags: list[str],
     environment: dict[str, str] | None = None,
     on_step: OnStep = None,
+    before: Before = None,
 ) -> Training:
-    """Runs a command line in a fork of the server."""
+    """Starts train.py with these flags alone; one process, unless the environment says more."""
+    world = {"WORLD_SIZE": "1", "RANK": "0"} | (environment or {})
+    world["LOCAL_RANK"] = world["RANK"]
+    return fork_function(folder, functools.partial(run_train, flags, world, on_step, before))
+
+
+def start_torchrun(folder: Path, *flags: str, options: tuple[str, ...]) -> Training:
+    """Starts torchrun with these options; it starts train.py itself, as fresh processes."""
+    command = ["torchrun", *options, str(ROOT / "train.py"), *tiny(*flags)]
+    return fork_function(folder, functools.partial(run_torchrun, command))
+
+
+def fork_function(folder: Path, function: Callable[[], None]) -> Training:
+    """Calls a function in a fork of the server, with ``folder`` as the current one."""
     label = f"run{next(COUNTER)}"
     for name in ("out", "err"):
         (folder / f"{label}.{name}").touch()
-    arguments = (folder, label, command, environment or {}, on_step)
-    process = fork_server().Process(target=child, args=arguments, daemon=True)
+    process = fork_server().Process(target=child, args=(folder, label, function), daemon=True)
     process.start()
     return Training(process, folder, label)
 
 
-def child(
-    folder: Path,
-    label: str,
-    command: list[str],
-    environment: dict[str, str],
-    on_step: OnStep,
-) -> None:
+def child(folder: Path, label: str, function: Callable[[], None]) -> None:
     """What a forked process does."""
-    # Not at the top: only the server has imported them.
-    import torch.distributed.run
-
-    import train
-
     os.setpgid(0, 0)  # so that Ctrl-C in the tests' terminal is not for it
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{label}.{name}", os.O_WRONLY), number)
-    os.environ.update(environment)
-    sys.argv = command
-    if command[0] == "torchrun":
-        torch.distributed.run.main()
-    else:
-        train.main(on_step)
+    function()
     os.seteuid(os.getuid())  # multiprocessing deletes its semaphores, as the user who made them
 
 
-def run(folder: Path, *flags: str, ranks: int = 1, on_step: OnStep = None) -> tuple[int, str, str]:
-    """Runs to the end: rank 0's exit code, standard output and standard error."""
-    trainings = start(folder, *flags, ranks=ranks, on_step=on_step)
-    codes = [training.wait() for training in trainings]
-    return codes[0], trainings[0].out, trainings[0].err
+def run_train(
+    flags: list[str], environment: dict[str, str], on_step: OnStep, before: Before
+) -> None:
+    import train  # not at the top: only the server has imported it
+
+    os.environ.update(environment)
+    sys.argv = ["train.py", *flags]
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    run = SimpleNamespace(rank=rank, world_size=world_size)
+
+    def call(progress: train.Progress, model: train.GPT) -> None:
+        run.step, run.progress, run.model = progress.step, progress, model
+        if on_step is not None:
+            on_step(run)
+
+    if before is not None:
+        before()
+    train.main(call)
 
 
-def run_well(folder: Path, *flags: str, ranks: int = 1, on_step: OnStep = None) -> str:
+def run_torchrun(command: list[str]) -> None:
+    import torch.distributed.run  # takes a second
+
+    sys.argv = command
+    torch.distributed.run.main()
+
+
+def run(
+    folder: Path, *flags: str, on_step: OnStep = None, before: Before = None
+) -> tuple[int, str, str]:
+    """Runs to the end: exit code, standard output and standard error."""
+    (training,) = start(folder, *flags, on_step=on_step, before=before)
+    return training.wait(), training.out, training.err
+
+
+def run_well(
+    folder: Path, *flags: str, ranks: int = 1, on_step: OnStep = None, before: Before = None
+) -> str:
     """Runs to the end without an error on any rank: rank 0's standard output."""
-    trainings = start(folder, *flags, ranks=ranks, on_step=on_step)
+    trainings = start(folder, *flags, ranks=ranks, on_step=on_step, before=before)
     for training in trainings:
         assert training.wait() == 0, training.err
         assert training.err == "", training.err
@@ -195,7 +226,7 @@ def free_port() -> int:
 
 def is_last_rank(run: Any) -> bool:
     """For a fault that one rank alone meets: in a run of one process, that one."""
-    return run.dist_info.rank == run.dist_info.world_size - 1
+    return run.rank == run.world_size - 1
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -5,10 +5,10 @@ import resource
 
 import tyro
 
-import dataset
 import train
+from gptxs.tokenizer import get_tokenizer
 
-dataset.get_tokenizer()
+get_tokenizer()
 # The rest of tyro, which a child without root's rights may not be able to read.
 tyro.cli(train.TrainConfig, args=[])
 # Drawing takes longer than training here, and is tested elsewhere.

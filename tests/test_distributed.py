@@ -1,48 +1,31 @@
-"""Several ranks and machines: what they send each other, and what a death among them does."""
+"""Several ranks and machines: what they send each other, and in what they must not differ."""
 
-import json
-import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from launcher import (
-    LONG,
-    TINY,
     fork,
     free_port,
     metrics,
+    read_files,
     run_well,
     saved_steps,
-    start_torchrun,
-    steps_done,
-    wait_for,
+    tiny,
     write_shards,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+import train
+from gptxs.distributed import DistInfo
 from model import GPT, GPTConfig
 
 PLAIN = ("--val-every", "0", "--sample-every", "0", "--max-steps", "20")
-
-
-def count_rounds(run: Any) -> None:
-    """Rank 0 leaves how many rounds of all-reduce its steps have made."""
-
-    def hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        run.rounds += bucket.is_last()  # a round is one of each bucket
-        return allreduce_hook(group, bucket)
-
-    if run.step == 0:
-        run.rounds = 0
-        run.ddp.register_comm_hook(dist.group.WORLD, hook)
-    if run.dist_info.rank == 0:
-        counts = [run.micro_steps, run.step, run.rounds]
-        Path("rounds.json").write_text(json.dumps(counts))
 
 
 @pytest.mark.parametrize("recomputed", [0, 3])
@@ -74,65 +57,96 @@ def test_the_parallel_model_compiles_into_a_graph_for_each_bucket(recomputed: in
         torch.testing.assert_close(parameter.grad, gradient)
 
 
+def count_exchanges() -> None:
+    """Each round of all-reduce, which is one of every bucket, leaves a line."""
+    wrap = train.wrap_ddp
+
+    def hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        if bucket.is_last():
+            with Path(f"rounds{dist.get_rank()}").open("a") as file:
+                file.write("a round\n")
+        return allreduce_hook(group, bucket)
+
+    def wrap_and_count(*arguments: Any) -> DistributedDataParallel:
+        ddp = wrap(*arguments)
+        ddp.register_comm_hook(dist.group.WORLD, hook)
+        return ddp
+
+    train.wrap_ddp = wrap_and_count
+
+
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(2, 2), (4, 1)])
 def test_gradients_are_exchanged_once_a_step(folder: Path, ranks: int, micro_batch: int) -> None:
     flags = (*PLAIN, "--micro-batch", str(micro_batch))
-    run_well(folder, *flags, ranks=ranks, on_step=count_rounds)
-    micro_steps, steps, rounds = json.loads((folder / "rounds.json").read_text())
-    assert (micro_steps, steps, rounds) == (4, 19, 19)
+    out = run_well(folder, *flags, ranks=ranks, before=count_exchanges)
+    assert "in 4 micro-steps" in out
+    assert [len((folder / f"rounds{i}").read_text().splitlines()) for i in range(2)] == [20, 20]
+
+
+def train_apart(folders: list[Path], flags: list[list[str]]) -> list[tuple[int, str]]:
+    """Two ranks with folders and flags of their own: the exit code and error of each."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    trainings = [
+        fork(folder, tiny(*own), world | {"RANK": str(rank)})
+        for rank, (folder, own) in enumerate(zip(folders, flags, strict=True))
+    ]
+    results = [(training.wait(), training.err) for training in trainings]
+    assert [err.count("\n") for _, err in results] == [1, 1], results
+    return results
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "names"),
     [
-        (["--max-lr", "0.02"], ["max_lr is 0.01 on rank 0 and 0.02 on rank 1"]),
-        (["--seed", "7"], ["seed is 1337 on rank 0 and 7 on rank 1"]),
-        (["--resume"], ["resume is False on rank 0 and True on rank 1"]),
-        (["--data-dir", "other"], ["the digest of the shards in data_dir is"]),
-        (["--data-dir", "nowhere"], ["nowhere: no train shards"]),
+        (["--max-lr", "0.02"], ["max_lr is 0.01 here and 0.02", "max_lr is 0.02 here and 0.01"]),
+        (["--resume"], ["resume is False here and True", "resume is True here and False"]),
+        (["--init-from", "source"], ["init_from is None", "init_from is source"]),
+        (["--data-dir", "other"], ["the digest of the shards in data_dir is"] * 2),
+        (["--data-dir", "nowhere"], ["", "nowhere has no train shards"]),
     ],
 )
 def test_a_rank_that_differs_ends_all_before_the_first_step(
-    folder: Path, flags: list[str], words: list[str]
+    folder: Path, flags: list[str], names: list[str]
 ) -> None:
     write_shards(folder / "other")
     (folder / "other/tiny_train_000002.npy").unlink()
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    trainings = [
-        fork(folder, ["train.py", *TINY, *own], world | {"RANK": str(rank)})
-        for rank, own in enumerate(([], flags))
-    ]
-    assert [training.wait() for training in trainings] == [2, 2]
-    for training in trainings:
-        assert training.err.count("\n") == 1, training.err
-        for word in words:
-            assert word in training.err
+    results = train_apart([folder, folder], [[], flags])
+    assert results[1][0] == 2
+    for (_, err), name in zip(results, names, strict=True):
+        assert name in err
     assert not (folder / "log/metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_gradients_in_bf16_train_the_same_but_for_rounding(folder: Path, optimizer: str) -> None:
+def test_a_machine_that_does_not_see_the_log_folder_is_told_to_share_it(copy: Path) -> None:
+    """The checkpoint that the other one has found is good, and stays."""
+    other = copy / "other"
+    write_shards(other / "data")
+    before = read_files(copy / "log")
+    flags = ["--resume", "--max-steps", "42"]
+    _, (code, err) = train_apart([copy, other], [flags, flags])
+    assert code == 2
+    assert "share" in err
+    assert "delete" not in err
+    assert read_files(copy / "log") == before
+    assert saved_steps(copy / "log")[-1] == 40
+
+
+def test_ranks_wait_for_each_other_longer_than_nccl_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 may download HellaSwag, or verify a checkpoint of 20 GB, meanwhile."""
+    init = Mock()
+    monkeypatch.setattr(dist, "init_process_group", init)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    info = DistInfo.initialize("cpu")
+    assert (info.rank, info.world_size) == (1, 2)
+    assert init.call_args.kwargs["timeout"].total_seconds() >= 1800
+
+
+def test_gradients_in_bf16_train_the_same_but_for_rounding(folder: Path) -> None:
     for log, flags in (("fp32", ()), ("bf16", ("--bf16-grads",))):
-        run_well(folder, *PLAIN, "--log-dir", log, "--optimizer", optimizer, *flags, ranks=2)
+        run_well(folder, *PLAIN, "--log-dir", log, *flags, ranks=2)
     exact, rounded = (metrics(folder / log, "train") for log in ("fp32", "bf16"))
     assert list(exact) == list(rounded)
     losses = [(exact[key]["loss"], rounded[key]["loss"]) for key in exact]
     assert losses[-1][0] != losses[-1][1]  # the flag does something
     assert all(a == pytest.approx(b, abs=0.02) for a, b in losses)
-
-
-def test_two_machines_train_and_the_death_of_one_ends_both_with_a_message(folder: Path) -> None:
-    """Two agents of torchrun, which here share a machine."""
-    options = ("--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.1:{free_port()}")
-    agents = [
-        start_torchrun(folder, *LONG, options=(*options, f"--node-rank={node}"))
-        for node in range(2)
-    ]
-    wait_for(lambda: steps_done(folder / "log") > 20)
-    agents[1].kill(signal.SIGKILL)  # its worker is left, as when a supervisor kills just the agent
-    assert [agent.wait() for agent in agents] == [1, -signal.SIGKILL]
-    assert "train.py: another rank has failed" in agents[0].err
-    wait_for(lambda: "train.py: torchrun has died" in agents[1].err)
-    last = steps_done(folder / "log")
-    assert list(metrics(folder / "log", "train")) == [("train", step) for step in range(last)]
-    assert saved_steps(folder / "log")[-1] == last

@@ -1,24 +1,25 @@
 """HellaSwag: the same answers as the harness and as a plain loop, each example exactly once."""
 
 import json
+import os
 import random
+import shutil
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hellaswag
-from dataset import get_tokenizer, save_tokenizer
+from gptxs.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
-Examples = list[hellaswag.Example]
+Examples = tuple[hellaswag.Example, ...]
 Command = Callable[..., tuple[int, str, str]]
 CPU = torch.device("cpu")
 WORDS = "the man a dog runs over water red house she opens door".split()
@@ -65,9 +66,9 @@ def random_model(context_length: int) -> GPT:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a context of 64, and 40 examples in val.jsonl."""
+    """A model with a context of 64, and 40 examples in val.jsonl."""
     folder = tmp_path_factory.mktemp("hellaswag")
-    random_model(64).save_pretrained(folder)
+    random_model(64).save_pretrained(folder / "model")
     write_jsonl(folder / "val.jsonl", raw_examples(40))
     return folder
 
@@ -87,7 +88,6 @@ def test_predictions_equal_lm_eval(
 
     ours = random_model(context_length)
     ours.save_pretrained(tmp_path)
-    save_tokenizer(tmp_path, context_length)
     # The harness's own task; only where its data comes from is replaced.
     task = {
         "include": str(Path(lm_eval.__file__).parent / "tasks/hellaswag/hellaswag.yaml"),
@@ -110,24 +110,21 @@ def test_predictions_equal_lm_eval(
         endings = sample["doc"]["choices"]
         normed = [score / len(end) for score, end in zip(scores, endings, strict=True)]
         assert choices == [scores.index(max(scores)), normed.index(max(normed))]
-    summary = hellaswag.summarize(examples, chosen)
-    for name in ("acc", "acc_norm"):
-        expected = theirs["results"]["local"][f"{name},none"]
-        assert summary[f"harness_{name}"] == pytest.approx(expected)
+    accuracy = theirs["results"]["local"]["acc,none"]
+    assert hellaswag.summarize(examples, chosen)["harness_acc"] == pytest.approx(accuracy)
 
 
-@pytest.mark.parametrize(
-    ("context_length", "batch_tokens"),
-    [(128, hellaswag.BATCH_TOKENS), (24, hellaswag.BATCH_TOKENS), (128, 100_000)],
-)
+@pytest.mark.parametrize(("context_length", "batch_tokens"), [(128, 2048), (24, 100_000)])
 def test_scores_equal_one_choice_at_a_time(
-    examples: Examples, context_length: int, batch_tokens: int
+    folder: Path, context_length: int, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hellaswag, "BATCH_TOKENS", batch_tokens)
+    examples = hellaswag.load_examples(folder / "val.jsonl")  # new ones, not in the cache
     model = random_model(context_length)
-    requests = tuple(request for example in examples for request in example.requests)
+    requests = [request for example in examples for request in example.requests]
     scores = torch.zeros(len(requests) * 4)
-    for batch in hellaswag.pack(requests, context_length, batch_tokens):
-        hellaswag.add_log_likelihoods(model, batch, scores)
+    for inputs, targets in hellaswag.pack_for(CPU, examples, context_length):
+        hellaswag.add_log_likelihoods(model, inputs, targets, scores)
     expected = []
     for request in requests:
         for choice in request.choices:
@@ -148,93 +145,32 @@ def test_completion_is_the_context_and_ending_as_they_are(examples: Examples) ->
 
 
 def test_each_context_is_computed_once_with_little_padding(examples: Examples) -> None:
-    requests = tuple(request for example in examples for request in example.requests)
-    batches = hellaswag.pack(requests, 128)
-    choices = [choice for request in requests for choice in request.choices]
-    contexts = sum(len(request.context) for request in requests)
-    inputs = contexts + sum(len(choice) - 1 for choice in choices)
-    assert sum(batch.inputs[2].count_nonzero() for batch in batches) == inputs
-    assert sum(batch.targets.size(1) for batch in batches) == sum(map(len, choices))
-    assert sum(batch.inputs[0].numel() for batch in batches) <= 1.2 * inputs
-    for batch in batches:  # few shapes, and none larger than planned
-        assert batch.inputs.size(2) % hellaswag.ROUND_TO == 0
-        assert batch.inputs[0].numel() <= hellaswag.BATCH_TOKENS
+    requests = [request for example in examples for request in example.requests]
+    batches = hellaswag.pack_for(CPU, examples, 128)
+    predicted = sum(len(choice) for request in requests for choice in request.choices)
+    needed = sum(len(request.context) - 4 for request in requests) + predicted
+    assert sum(inputs[2].count_nonzero() for inputs, _ in batches) == needed
+    assert sum(targets.size(1) for _, targets in batches) == predicted
+    assert sum(inputs[0].numel() for inputs, _ in batches) <= 1.2 * needed
+    for inputs, _ in batches:  # few shapes, and none larger than planned
+        assert inputs.size(2) % hellaswag.ROUND_TO == 0
+        assert inputs[0].numel() <= hellaswag.BATCH_TOKENS
     # Kept for the next evaluation, which makes a tuple of its own.
-    assert hellaswag.pack((*requests[:40], *requests[40:]), 128) is batches
-
-
-class Recorder(TorchDispatchMode):
-    """Counts the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_mask_is_made_once_a_batch_and_changes_no_bit(
-    examples: Examples, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = random_model(64)
-    masks = []
-    hidden_states = GPT.hidden_states
-
-    def as_boolean(self: GPT, idx: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        masks.append(mask)
-        hidden = hidden_states(self, idx, positions, mask)
-        assert torch.equal(hidden, hidden_states(self, idx, positions, mask == 0))
-        return hidden
-
-    with Recorder() as recorder:
-        chosen = hellaswag.predict(model, examples[:8], CPU, dtype=dtype)
-    monkeypatch.setattr(GPT, "hidden_states", as_boolean)
-    assert torch.equal(hellaswag.predict(model, examples[:8], CPU, dtype=dtype), chosen)
-    assert {mask.dtype for mask in masks} == {dtype}
-    # SDPA converts a boolean mask with `where`: once for each of the two layers.
-    assert recorder.counts["where"] == len(masks)
-
-
-def test_a_batch_goes_to_the_device_in_one_transfer(examples: Examples) -> None:
-    for batch in hellaswag.pack(examples[0].requests, 64):
-        with Recorder() as recorder:
-            moved = batch.to(torch.device("meta"))
-        assert recorder.counts["_to_copy"] == 1
-        assert moved.inputs.shape == batch.inputs.shape
-        assert moved.targets.shape == batch.targets.shape
-        here = batch.to(CPU)
-        assert torch.equal(here.inputs, batch.inputs)
-        assert torch.equal(here.targets, batch.targets)
-
-
-def test_attention_does_not_go_to_cudnn(examples: Examples) -> None:
-    model = random_model(64)
-    enabled: list[bool] = []
-    cudnn_enabled = torch.backends.cuda.cudnn_sdp_enabled
-    model.transformer.ln_f.register_forward_hook(lambda *_: enabled.append(cudnn_enabled()))
-    assert cudnn_enabled()
-    hellaswag.predict(model, examples[:4], CPU)
-    assert set(enabled) == {False}
-    assert cudnn_enabled()  # training may use it
+    assert hellaswag.pack_for(CPU, (*examples[:40], *examples[40:]), 128) is batches
 
 
 def test_ranks_count_each_example_once(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hellaswag, "BATCH_TOKENS", 256)  # so that there are batches to share
-    examples = examples[:16]
+    examples = examples[:16]  # other than those of the cache
     model = random_model(128)
     predicted: list[int] = []
     model.lm_head.register_forward_hook(lambda _, args, logits: predicted.append(len(logits)))
     chosen = hellaswag.predict(model, examples, CPU)
-    targets = sum(predicted)
-    for world_size in (2, 3, 100):
+    alone = sum(predicted)
+    for world_size in (2, 100):
         predicted.clear()
         parts = [hellaswag.predict(model, examples, CPU, r, world_size) for r in range(world_size)]
-        assert sum(predicted) == targets
+        assert sum(predicted) == alone
         # A rank's answer is 0 where the example is another's, so these are the answers of all.
         assert torch.equal(torch.stack(parts).sum(dim=0), chosen)
 
@@ -249,16 +185,11 @@ def test_evaluating_leaves_training_as_it_was(examples: Examples) -> None:
     model = random_model(64).requires_grad_(True).train()
     compiled = torch.compile(model, backend=backend, dynamic=False)
     idx = torch.zeros(2, 64, dtype=torch.int64)
-    compiled(idx, idx).backward()
-    before = [parameter.grad for parameter in model.parameters()]
-    model.zero_grad(set_to_none=True)
-    compilations = len(graphs)
+    before = compiled(idx, idx)
     hellaswag.predict(model, examples[:6], CPU)
-    compiled(idx, idx).backward()
-    assert len(graphs) == compilations > 0
+    assert torch.equal(compiled(idx, idx), before)
+    assert len(graphs) == 1  # nothing is compiled again
     assert model.training
-    after = [parameter.grad for parameter in model.parameters()]
-    torch.testing.assert_close(after, before)
 
 
 def test_summary_is_the_accuracies_with_their_standard_errors(examples: Examples) -> None:
@@ -271,15 +202,79 @@ def test_summary_is_the_accuracies_with_their_standard_errors(examples: Examples
     assert summary["acc_norm_stderr"] == pytest.approx((0.75 * 0.25 / 39) ** 0.5)
 
 
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def test_every_format_holds_the_same_examples(folder: Path, tmp_path: Path) -> None:
+    raws = [raw | {"label": str(raw["label"])} for raw in raw_examples(6)]  # as on the hub
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(raws), tmp_path / "hub.parquet")
+    (tmp_path / "array.json").write_text(json.dumps(raws, indent=2))
+    lines = "\r\n".join(json.dumps(raw, ensure_ascii=False) for raw in raws)
+    (tmp_path / "marked.jsonl").write_text(f"\ufeff{lines}\n\n", encoding="utf-8", newline="")
+    expected = hellaswag.load_examples(folder / "val.jsonl", limit=6)
+    for path in tmp_path.iterdir():
+        for found, wanted in zip(hellaswag.load_examples(path), expected, strict=True):
+            assert (found.ind, found.label) == (wanted.ind, wanted.label)
+            assert [r.context for r in found.requests] == [r.context for r in wanted.requests]
+            assert [r.choices for r in found.requests] == [r.choices for r in wanted.requests]
+
+
+def test_without_the_hub_it_says_what_works_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline() -> None:
+        raise ConnectionError("no DNS")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: raw_examples(3))
+    monkeypatch.setattr(hellaswag, "require_hub", lambda: None)
+    assert len(hellaswag.load_examples(split="train")) == 3
+    monkeypatch.setattr(hellaswag, "require_hub", offline)
+    with pytest.raises(ConnectionError, match=r"no DNS.*--data"):
+        hellaswag.load_examples()
+
+
+GOOD = raw_examples(6)[5]
+# A line that is not an example, and what the message must name.
+MALFORMED = {
+    "{": ["JSON"],
+    "null": ["JSON object"],
+    '{"ind": 5}': ["ctx_b", "ctx_a", "ctx ", "activity_label", "endings", "label None"],
+    json.dumps(GOOD | {"ctx": "", "label": True}): ["ctx is empty", "label True"],
+    json.dumps(GOOD | {"endings": ["a", "b", "c"], "label": ""}): ["four", "label ''"],
+    json.dumps(GOOD | {"endings": ["a", "b", "", "d"]}): ["ending is empty"],
+}
+
+
+@pytest.mark.parametrize("line", MALFORMED)
+def test_a_malformed_line_is_named_by_its_number(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
+    with pytest.raises(ValueError, match="line 3: ") as error:
+        hellaswag.load_examples(path)
+    assert all(text in str(error.value) for text in (str(path), *MALFORMED[line]))
+
+
+def test_what_a_model_cannot_take_is_named_by_its_line(tmp_path: Path) -> None:
+    long = GOOD | {"endings": ["dog " * 200] * 4}
+    examples = hellaswag.load_examples(write_jsonl(tmp_path / "long.jsonl", [GOOD, long]))
+    with pytest.raises(ValueError, match=r"line 2: .* 201 tokens .* context of 64"):
+        hellaswag.pack_for(CPU, examples, 64)
+    with pytest.raises(ValueError, match=r"line 1: token .* vocabulary of 300"):
+        hellaswag.check_vocabulary(examples, 300)
+
+
+# ---- command -------------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def command(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Command:
     """`python hellaswag.py FLAGS` in this process: its exit code, output and errors."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
 
-    def run(*flags: str | Path) -> tuple[int, str, str]:
-        defaults = ("--checkpoint", folder, "--data", folder / "val.jsonl")
-        monkeypatch.setattr(sys, "argv", ["hellaswag.py", *map(str, (*defaults, *flags))])
+    def run(*switches: str, **options: str | Path) -> tuple[int, str, str]:
+        defaults = {"data": folder / "val.jsonl", "checkpoint": folder / "model"}
+        flags = [f"--{name}={value}" for name, value in {**defaults, **options}.items()]
+        monkeypatch.setattr(sys, "argv", ["hellaswag.py", *flags, *switches])
         code = 0
         try:
             hellaswag.main()
@@ -290,118 +285,43 @@ def command(
     return run
 
 
-GOOD = raw_examples(6)[5]
-# A line that is not an example, and what the message must name.
-MALFORMED = [
-    ("{", ["JSON"]),
-    ("[1, 2]", ["JSON"]),
-    (json.dumps({"ind": 5}), ["ctx_b", "ctx_a", "ctx ", "activity_label", "endings", "label None"]),
-    (json.dumps(GOOD | {"activity_label": None}), ["activity_label"]),
-    (json.dumps(GOOD | {"ctx": " "}), ["ctx", "empty"]),
-    (json.dumps(GOOD | {"ctx_a": ""}), ["ctx_a", "empty"]),
-    (json.dumps(GOOD | {"endings": ["a", "b", "c"]}), ["endings", "four"]),
-    (json.dumps(GOOD | {"endings": ["a", "b", "", "d"]}), ["ending", "empty"]),
-    (json.dumps(GOOD | {"label": 4}), ["label 4"]),
-    (json.dumps(GOOD | {"label": ""}), ["label ''"]),
-    (json.dumps(GOOD | {"label": True}), ["label True"]),
-    (json.dumps(GOOD | {"label": 1.0}), ["label 1.0"]),
-    (json.dumps(GOOD | {"label": {"a": [1]}}), ["label {"]),
-    (json.dumps(GOOD | {"ind": "one"}), ["ind"]),
-    (json.dumps(GOOD | {"ind": True}), ["ind"]),
-    (json.dumps(GOOD | {"activity_label": "[a", "ctx_a": "b]", "ctx_b": ""}), ["ctx_a", "markup"]),
-    ("[" * 100_000, ["JSON"]),
-    (json.dumps(GOOD | {"endings": ["dog " * 200] * 4}), ["201 tokens", "context of 64"]),
-]
-
-
-@pytest.mark.parametrize(("line", "named"), MALFORMED)
-def test_a_malformed_line_is_named_by_its_number(
-    line: str, named: list[str], command: Command, tmp_path: Path
-) -> None:
-    path = tmp_path / "bad.jsonl"
-    output = tmp_path / "out.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
-    code, _, error = command("--data", path, "--output", output)
-    assert code == 2
-    where = f"hellaswag.py: {path}, line 2: "
-    assert error.startswith(where)
-    for text in named:
-        assert text in error.removeprefix(where)
-    assert error.count("\n") == 1
-    assert not output.exists()
+def refused(result: tuple[int, str, str], *named: str | Path) -> None:
+    code, out, error = result
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert all(str(text) in error for text in named), error
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("--checkpoint", "nowhere/at/all"),
-        ("--data", "missing.jsonl"),
-        ("--limit", "-7"),
-        ("--device", "abacus"),
-        ("--output", "no/such/folder/x.jsonl"),
-    ],
+    "mistake", ["checkpoint=no/at/all", "data=no.jsonl", "limit=0", "split=train", "output=no/x"]
 )
-def test_a_mistake_is_one_line_and_exit_code_2(flag: str, value: str, command: Command) -> None:
-    code, _, error = command(flag, value)
-    assert code == 2
-    assert error.startswith("hellaswag.py: ")
-    assert value in error
-    assert error.count("\n") == 1
+def test_a_mistake_is_one_line_and_exit_code_2(mistake: str, command: Command) -> None:
+    option, value = mistake.split("=")
+    refused(command(**{option: value}), value)
 
 
-def test_an_output_that_is_an_input_or_cannot_be_written_is_refused(
-    command: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "hard").hardlink_to(folder / "val.jsonl")
-    (tmp_path / "soft").symlink_to(folder / "model.safetensors")
-    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    monkeypatch.setattr(hellaswag, "open_checkpoint", None)  # refused before the model is read
-    names = ("hard", "soft", ".", "x" * 255)
-    outputs = [folder / "val.jsonl", folder / "config.json", *(tmp_path / name for name in names)]
-    for output in outputs:
-        code, out, error = command("--output", output)
-        assert (code, out, error.count("\n")) == (2, "", 1)
-        assert str(output) in error
-    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+def test_output_over_input_is_refused(command: Command, folder: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(folder / "val.jsonl")
+    before = {path: path.read_bytes() for path in folder.rglob("*.json*")}
+    for output in (folder / "val.jsonl", link, folder / "model" / "config.json"):
+        refused(command(output=output), output)
+    assert {path: path.read_bytes() for path in before} == before
 
 
-def test_the_figures_are_printed_when_the_file_fails_and_the_reverse(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise PermissionError("read-only now")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hellaswag.common, "atomic_write", fail)
-        code, out, error = command("--limit", "3", "--json", "--output", tmp_path / "a.jsonl")
-    assert (code, json.loads(out)["n"]) == (1, 3)
-    assert "a.jsonl" in error
-    monkeypatch.setattr(hellaswag, "print_summary", fail)
-    command("--limit", "3", "--output", tmp_path / "b.jsonl")
-    assert len((tmp_path / "b.jsonl").read_text().splitlines()) == 3
-
-
-def test_brackets_that_are_never_closed_take_linear_time() -> None:
-    assert hellaswag.clean("a [b] [" + "[" * 10**6) == "a [" + "[" * 10**6
-
-
-def test_a_token_outside_the_vocabulary_is_named(command: Command, tmp_path: Path) -> None:
-    GPT(GPTConfig(16, 2, 2, 64, 300)).save_pretrained(tmp_path)
-    code, _, error = command("--checkpoint", tmp_path)
-    assert code == 2
-    assert "line 1: token" in error
-    assert "vocabulary of 300" in error
+def test_other_tokens_are_refused(command: Command, folder: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(folder / "model", tmp_path / "model") / "vocab.json"
+    path.write_text(path.read_text().replace('"the"', '"den"'))
+    refused(command("--no-verify", checkpoint=path.parent), path.parent, path.name)
 
 
 def test_the_command_prints_figures_and_saves_predictions(command: Command, tmp_path: Path) -> None:
     output = tmp_path / "predictions.jsonl"
-    code, out, _ = command("--limit", "12", "--output", output, "--json")
+    code, out, _ = command("--json", limit="12", output=output)
     assert code == 0
     summary = json.loads(out)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["ind"] for line in lines] == list(range(12))
-    code, out, _ = command("--limit", "12")
-    assert code == 0
+    _, out, _ = command(limit="12")
     for prefix, convention in (("", "completion"), ("harness_", "harness")):
         for place, name in enumerate((f"{prefix}acc", f"{prefix}acc_norm")):
             right = sum(line[convention][place] == line["label"] for line in lines)

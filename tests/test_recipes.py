@@ -4,7 +4,7 @@ import json
 import math
 import os
 import signal
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ from launcher import metrics, refused, run, run_well
 from test_train import RUN
 from torch import Tensor
 
-from checkpoint import EARLIER_SETTINGS, compare_settings, load_optimizer
-from model import GPT, GPTConfig, LinearCrossEntropy
-from optim import MuonWithAdamW, Schedule, build_optimizer, learning_rate, orthogonalize
-from train import TrainConfig
+import train
+from gptxs.optim import MuonWithAdamW, Schedule, build_optimizer, learning_rate, orthogonalize
+from model import GPT, GPTConfig
 
 TINY = GPTConfig(d_model=16, n_heads=2, n_layers=2, context_length=16, vocab_size=300)
 
@@ -42,12 +41,14 @@ def losses(log: Path) -> list[float]:
 def test_the_linear_schedules_fall_in_a_line_to_the_last_step(
     schedule: Schedule, cooldown: float, expected: dict[int, float]
 ) -> None:
-    rates = {step: learning_rate(step, 101, 10, 1.0, 0.1, schedule, cooldown) for step in expected}
+    config = replace(train.TrainConfig(), max_steps=101, warmup_steps=10, max_lr=1.0, min_lr=0.1)
+    config = replace(config, schedule=schedule, cooldown=cooldown)
+    rates = {step: learning_rate(step, config) for step in expected}
     assert rates == pytest.approx(expected)
-    assert learning_rate(4, 101, 10, 1.0, 0.1, schedule, cooldown) == pytest.approx(0.5)
+    assert learning_rate(4, config) == pytest.approx(0.5)
 
 
-def test_a_run_follows_its_schedule_and_a_longer_one_says_what_becomes_of_it(folder: Path) -> None:
+def test_a_run_follows_its_schedule_also_one_that_is_changed_as_it_is_resumed(folder: Path) -> None:
     flags = ("--schedule", "wsd", "--cooldown", "0.5")
     run_well(folder, *RUN, *flags)
     rates = [line["lr"] for line in metrics(folder / "log", "train").values()]
@@ -55,7 +56,6 @@ def test_a_run_follows_its_schedule_and_a_longer_one_says_what_becomes_of_it(fol
     assert rates[10:] == pytest.approx([1e-2 - 9e-4 * (i + 1) for i in range(10)])
     out = run_well(folder, *RUN, "--resume", "--max-steps", "30", "--schedule", "linear")
     assert "schedule was wsd, is now linear" in out
-    assert "as if they had been used from step 0: 4.00e-03 at step 20, 1.00e-03 at step 29" in out
     last = metrics(folder / "log", "train")
     assert [last["train", step]["lr"] for step in (20, 29)] == pytest.approx([4e-3, 1e-3])
 
@@ -150,40 +150,8 @@ def test_muon_learns_and_is_another_run_than_adamw(folder: Path) -> None:
     assert adamw[0] == muon[0]
     assert muon[-1] != adamw[-1]
     assert muon[-1] < muon[0] - 0.2
-    run_well(folder, *RUN, "--optimizer", "muon", "--muon-lr-scale", "1", "--log-dir", "slower")
-    assert losses(folder / "slower")[-1] != muon[-1]
     flags = ("--resume", "--log-dir", "muon", "--max-steps", "30")
     refused(run(folder, *RUN, *flags), "optimizer was muon, is now adamw")
-
-
-def test_a_checkpoint_of_before_the_recipes_resumes_as_the_default_one() -> None:
-    now = json.loads(json.dumps(asdict(TrainConfig()), default=str))
-    saved = {name: value for name, value in now.items() if name not in EARLIER_SETTINGS}
-    assert compare_settings(saved, now, Path("step_7")) == []
-    assert compare_settings(saved, now | {"schedule": "wsd"}, Path("step_7")) == [
-        "schedule was cosine, is now wsd"
-    ]
-
-
-def test_moments_of_muon_that_do_not_fit_are_refused() -> None:
-    """And none of them is taken for AdamW's."""
-    model = GPT(TINY)
-    idx = torch.arange(16).view(1, 16)
-    model(idx, idx).backward()
-    optimizer = build_optimizer(model, 0.1, "muon")
-    optimizer.step()
-    state = optimizer.state_dict()
-    for change, named in (
-        ({"momentum_buffer": torch.zeros(3)}, r"state\[0\]\.momentum_buffer is of shape"),
-        ({"momentum_buffer": torch.full((48, 16), math.nan)}, "not finite"),
-        ({"step": torch.zeros(())}, r"state\[0\] does not hold momentum_buffer"),
-    ):
-        changed = {**state, "state": {**state["state"], 0: {**state["state"][0], **change}}}
-        with pytest.raises(ValueError, match=named):
-            load_optimizer(optimizer, changed)
-    with pytest.raises(ValueError, match="groups are not those of this model"):
-        load_optimizer(build_optimizer(model, 0.1), state)
-    load_optimizer(optimizer, state)
 
 
 # ---- fp16 ----------------------------------------------------------------------------------------
@@ -195,9 +163,8 @@ def overflow(first: int, count: int, run: Any) -> None:
     def enlarge(gradient: Tensor) -> Tensor:
         return gradient * (math.inf if first <= run.step < first + count else 1.0)
 
-    if not getattr(run, "hooked", False):
-        run.hooked = True
-        run.model.transformer.h[0].mlp.c_fc.weight.register_hook(enlarge)
+    if not hasattr(run, "hook"):
+        run.hook = run.model.transformer.h[0].mlp.c_fc.weight.register_hook(enlarge)
 
 
 @pytest.mark.parametrize(("ranks", "optimizer"), [(1, "adamw"), (2, "muon")])
@@ -233,9 +200,8 @@ def stop_after_nine(run: Any) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_in_fp16_resumes_exactly(folder: Path, optimizer: str) -> None:
-    flags = ("--dtype", "fp16", "--max-steps", "14", "--optimizer", optimizer)
+def test_a_run_in_fp16_resumes_exactly(folder: Path) -> None:
+    flags = ("--dtype", "fp16", "--max-steps", "14")
     run_well(folder, *flags, "--log-dir", "whole", on_step=partial(overflow, 2, 3))
     run_well(folder, *flags, "--log-dir", "parts", on_step=stop_after_nine)
     run_well(folder, *flags, "--log-dir", "parts", "--resume", on_step=partial(overflow, 2, 3))
@@ -247,25 +213,6 @@ def test_a_run_in_fp16_resumes_exactly(folder: Path, optimizer: str) -> None:
     assert states[0]["scaler"]["_growth_tracker"] == 9  # steps since the last overflow
     for name in ("scaler", "optimizer"):
         torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("one_hot", [False, True])
-def test_the_gradient_of_the_loss_in_fp16_holds_sums_that_fp16_does_not(one_hot: bool) -> None:
-    """The gradient of a weight is a sum over all rows, before any scale of the loss is applied."""
-    torch.manual_seed(0)
-    rows = 4096
-    hidden = (40 + torch.randn(rows, 16)).requires_grad_()
-    weight = (torch.randn(32, 16) / 100).requires_grad_()
-    targets = torch.zeros(rows, dtype=torch.long)
-    loss = LinearCrossEntropy.apply(hidden, weight, targets, rows, torch.float16, one_hot)
-    loss.backward()
-    expected = torch.autograd.grad(
-        torch.nn.functional.cross_entropy(hidden @ weight.T, targets), (hidden, weight)
-    )
-    assert rows * expected[1].abs().max() > 65504
-    for gradient, exact in zip((hidden.grad, weight.grad), expected, strict=True):
-        assert gradient is not None
-        assert (gradient - exact).norm() < 0.02 * exact.norm()
 
 
 # ---- activations computed again ------------------------------------------------------------------
@@ -285,7 +232,7 @@ def count_blocks(path: str, run: Any) -> None:
         Path(path).write_text(json.dumps(run.calls))
 
 
-@pytest.mark.parametrize(("share", "calls"), [("0", [1, 1]), ("0.4", [2, 1]), ("1", [2, 2])])
+@pytest.mark.parametrize(("share", "calls"), [("0.4", [2, 1]), ("1", [2, 2])])
 def test_a_share_of_the_blocks_is_computed_again_with_the_same_losses(
     folder: Path, share: str, calls: list[int]
 ) -> None:
@@ -300,10 +247,19 @@ def test_a_share_of_the_blocks_is_computed_again_with_the_same_losses(
     assert losses(folder / "two") == pytest.approx(losses(folder / "plain"), abs=1e-4)
 
 
+def compile_any_run() -> None:
+    """Also one that is too short to recoup it."""
+    train.CPU_COMPILE_STEPS = 1
+
+
 def test_all_recipes_work_in_the_compiled_step(folder: Path) -> None:
-    """Which a CPU compiles only for 200 steps."""
+    """And what it saves has the names of the plain model."""
     flags = (*RUN, "--optimizer", "muon", "--schedule", "wsd", "--recompute", "0.4")
-    flags = (*flags, "--max-steps", "200", "--val-every", "0")
     run_well(folder, *flags, "--log-dir", "plain")
-    run_well(folder, *flags, "--compile")
-    assert losses(folder / "log")[:40] == pytest.approx(losses(folder / "plain")[:40], abs=1e-3)
+    out = run_well(folder, *flags, "--compile", before=compile_any_run)
+    assert "without torch.compile" not in out
+    assert losses(folder / "log") == pytest.approx(losses(folder / "plain"), abs=1e-3)
+    compiled, plain = (
+        GPT.from_pretrained(folder / log / "step_000020").weights() for log in ("log", "plain")
+    )
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-2)

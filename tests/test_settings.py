@@ -1,130 +1,106 @@
-"""Settings and folders that do not fit are refused before anything is written."""
-
-from common import END_OF_TEXT, check_options
+"""Settings, shards and log folders that do not belong together, and what a run says of them."""
 
 import dataclasses
+import hashlib
 import re
-import signal
+import shutil
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from launcher import (
-    LONG,
-    metrics,
-    read_files,
-    refused,
-    run,
-    run_well,
-    saved_steps,
-    start,
-    steps_done,
-    wait_for,
-    write_shards,
-)
+from launcher import fork, metrics, refused, run, run_well, saved_steps, tiny
 
 import dataset
 import train
+from gptxs.shards import ShardIndex, ShardRecord
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--data-dir nowhere", "nowhere: no train shards"),
-        ("--batch-tokens 100", "batch_tokens 100 must be a multiple of 128"),
-        ("--micro-batch 0", "micro_batch 0"),
-        ("--max-steps 0", "max_steps 0"),
-        ("--max-steps 3", "warmup_steps 5 must not exceed max_steps 3"),
-        ("--val-every -5", "val_every -5"),
-        ("--min-lr 1", "min_lr 1.0 must be between 0 and max_lr 0.01"),
-        ("--device cuda:7", "--device cuda:7"),
-        ("--model.n-heads 3", "model.d_model 16 must be a multiple of model.n_heads 3"),
-        ("--hellaswag-every 1 --hellaswag-data x.jsonl", "x.jsonl: no such file"),
-        ("--hellaswag-every 1 --hellaswag-data data", "data is not a regular file"),
-        ("--max-lr inf", "max_lr inf must be at most 100"),
-        ("--min-lr nan", "min_lr nan must be a number"),
-        ("--grad-clip nan", "grad_clip nan"),
-        ("--grad-clip 0", "grad_clip 0.0"),
-        ("--weight-decay -1", "weight_decay -1.0 must be at least 0"),
-        ("--batch-tokens 1180591620717411303424", "batch_tokens 1180591620717411303424"),
-        ("--seed 18446744073709551616", "seed 18446744073709551616"),
-        ("--profile 1000000000", "profile 1000000000"),
-        ("--profile 2 --max-steps 4 --warmup-steps 1", "profile traces from step 5 on"),
-        ("--keep-checkpoints -1", "keep_checkpoints -1"),
         ("--preset quick", "invalid choice 'quick'"),
         ("--preset", "--preset"),
-        ("--max-steps many", "--max-steps"),
         ("--no-such-flag", "--no-such-flag"),
-        ("--data-dir=", "--data-dir is followed by an empty value"),
-        ("--sample-prompt=", "token 50256 is outside the model's vocabulary of 300"),
-        ("--sample-prompt hello", "prompt 'hello': token 31373 is outside"),
-        ("--sample-prompt \udcff", "is outside the model's vocabulary"),
     ],
 )
-def test_a_mistake_is_one_line_exit_code_2_and_harms_nothing(
-    folder: Path, flags: str, message: str
-) -> None:
-    refused(run(folder, *flags.split()), message)
-    assert not (folder / "log/metrics.jsonl").exists()
-
-
-@pytest.mark.parametrize("name", ["train_000002", "val_000000"])
-def test_a_bad_shard_is_named_before_the_first_step(folder: Path, name: str) -> None:
-    """test_data_loader.py has all kinds of bad shards; here one is met in a run."""
-    shard = folder / f"data/tiny_{name}.npy"
-    np.save(shard, np.append(np.load(shard), np.uint16(300)))
-    refused(run(folder), f"data/{shard.name}: token 300 is outside the vocabulary of 300")
-    assert not (folder / "log/metrics.jsonl").exists()
-
-
-def test_the_defaults_and_presets_are_within_their_bounds() -> None:
-    for preset in train.PRESETS.values():
-        assert check_options(preset) == []
-
-
-def test_a_delimiter_in_the_prompt_is_ordinary_text() -> None:
-    tokens = train.encode_prompt("a<|endoftext|>b", vocab_size=50304)
-    assert END_OF_TEXT not in tokens
-    assert dataset.get_tokenizer().decode(tokens) == "a<|endoftext|>b"
-
-
-def test_data_that_is_not_finished_is_refused_with_the_command_that_finishes_it(
-    folder: Path,
-) -> None:
-    (folder / "text.jsonl").write_text('{"text": "a b c d e f g h i j k l m n o p q r s t"}\n' * 30)
-    data_dir = folder / "unfinished"
-    config = dataset.DatasetConfig(str(folder / "text.jsonl"), data_dir=data_dir, shard_size=100)
-    dataset.prepare(config)
-    assert train.has_all_shards(data_dir)
-    (data_dir / "text_train_000003.npy").unlink()
-    assert not train.has_all_shards(data_dir)  # so the quickstart finishes what it has begun
-    refused(run(folder, "--data-dir", "unfinished"), "text_train_000003.npy", "dataset.py")
+def test_flags_that_are_not_understood_are_refused(folder: Path, flags: str, message: str) -> None:
+    training = fork(folder, tiny(*flags.split()))
+    assert training.wait() == 2
+    assert message in training.err
     assert not (folder / "log").exists()
 
 
-def test_a_quickstart_finishes_its_folder_itself(
+def test_options_without_effect_are_named(folder: Path) -> None:
+    settings: dict[str, Any] = {
+        "muon_lr_scale": 2.0,
+        "cooldown": 0.3,
+        "val_tokens": 4096,
+        "hellaswag_data": Path("h.jsonl"),
+        "sample_prompt": "a",
+        "keep_checkpoints": 7,
+        "bf16_grads": True,
+        "profile": 9,
+    }
+    off = {"max_steps": 4, "val_every": 0, "hellaswag_every": 0, "sample_every": 0}
+    config = dataclasses.replace(train.TrainConfig(), checkpoint_every=0, **off, **settings)
+    assert config.idle(world_size=1) == list(settings)
+    out = run_well(folder, "--bf16-grads", "--cooldown", "0.3", "--max-steps", "5")
+    assert re.findall(r"(\w+) has no effect", out) == ["cooldown", "bf16_grads"]
+
+
+def test_a_quickstart_writes_or_completes_its_shards_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data_dir = tmp_path / "data"
-    data_dir.mkdir()
-    (data_dir / "stdlib_train_000001.npy").touch()
-    begun: list[Path] = []
-    monkeypatch.setattr(dataset, "check_complete", Mock(side_effect=ValueError("not finished")))
-    monkeypatch.setattr(dataset, "prepare", lambda config: begun.append(config.data_dir))
-    config = dataclasses.replace(train.QUICKSTART, data_dir=data_dir, log_dir=tmp_path / "log")
-    train.prepare(config, world_size=1).release()
-    assert begun == [data_dir]
+    prepare = Mock()
+    monkeypatch.setattr(dataset, "prepare", prepare)
+    config = dataclasses.replace(train.QUICKSTART, data_dir=tmp_path, log_dir=tmp_path / "log")
+    train.prepare(config)
+    (settings,) = prepare.call_args.args
+    assert (settings.source, settings.data_dir) == (("stdlib",), tmp_path)
 
 
-def test_a_second_run_cannot_write_into_the_same_folder(folder: Path) -> None:
-    (training,) = start(folder, *LONG)
-    wait_for(lambda: steps_done(folder / "log") > 1)
-    refused(run(folder, "--resume"), "log: another run is writing there")
-    training.kill(signal.SIGKILL)  # and the lock goes with its process
-    training.wait()
-    run_well(folder, "--resume", "--max-steps", "9")
+# ---- shards --------------------------------------------------------------------------------------
+
+
+def write_index(data: Path) -> None:
+    """The index.json that dataset.py would have written there."""
+    records = []
+    for path in sorted(data.glob("*.npy"), key=lambda path: path.name[-10:]):
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        records.append(ShardRecord(path.name, len(np.load(path)), sha256, documents=0, next=[]))
+    index = ShardIndex(source="x", revision="", shard_size=6000, max_tokens=None, shards=records)
+    index.complete = True
+    index.write(data)
+
+
+def test_files_that_the_index_does_not_list_are_named_and_not_trained_on(folder: Path) -> None:
+    data = folder / "data"
+    write_index(data)
+    run_well(folder, "--log-dir", "clean")
+    strays = ["tiny_train_000001 (1).npy", "tiny_train_000003.npy", "._tiny_train_000001.npy"]
+    for name in strays:
+        shutil.copy(data / "tiny_val_000000.npy", data / name)
+    out = run_well(folder)
+    assert metrics(folder / "log", "train") == metrics(folder / "clean", "train")
+    assert "index.json" in out
+    assert all(name in out for name in strays[:2])
+
+
+@pytest.mark.parametrize("name", ["train_000002", "val_000000"])
+def test_a_shard_that_was_changed_in_place_is_not_resumed_on(copy: Path, name: str) -> None:
+    """Its size is the same, and what the index says of it too."""
+    write_index(copy / "data")
+    shard = copy / f"data/tiny_{name}.npy"
+    tokens = np.load(shard)
+    np.save(shard, tokens[::-1])
+    result = run(copy, "--resume", "--max-steps", "42")
+    refused(result, "log/step_000040 belongs to another run", f"{shard.name} has changed")
+
+
+# ---- log folders ---------------------------------------------------------------------------------
 
 
 def test_resuming_beyond_the_last_step_ends_at_once(copy: Path) -> None:
@@ -133,53 +109,15 @@ def test_resuming_beyond_the_last_step_ends_at_once(copy: Path) -> None:
     assert len(metrics(copy / "log", "train")) == 40
 
 
-def test_a_folder_that_holds_a_run_is_not_written_over(copy: Path) -> None:
-    before = read_files(copy)
-    refused(run(copy), "log contains a run")
-    assert read_files(copy) == before
-
-
-def test_resuming_with_other_settings_says_which(copy: Path) -> None:
-    flags = ("--max-steps", "42", "--max-lr", "2e-2", "--micro-batch", "4")
+def test_settings_that_may_change_are_named_and_take_effect_in_a_resumed_run(copy: Path) -> None:
+    flags = ("--max-steps", "42", "--max-lr", "2e-2", "--micro-batch", "4", "--weight-decay", "0.5")
     out = run_well(copy, "--resume", *flags)
     assert re.findall("resuming with another setting: (.*)", out) == [
         "micro_batch was 8, is now 4",
         "max_steps was 40, is now 42",
         "max_lr was 0.01, is now 0.02",
+        "weight_decay was 0.1, is now 0.5",
     ]
-
-
-def test_an_option_of_the_optimizer_takes_effect_in_a_resumed_run(copy: Path) -> None:
-    out = run_well(copy, "--resume", "--max-steps", "42", "--weight-decay", "0.5")
-    assert "weight_decay was 0.1, is now 0.5" in out
     state = torch.load(copy / "log/step_000042/training_state.pt", weights_only=True)
     groups = state["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--model.d-model", "32"], ["model", "'d_model': 16", "'d_model': 32"]),
-        (["--batch-tokens", "512"], ["batch_tokens was 256, is now 512"]),
-        (["--seed", "7"], ["seed was 1337, is now 7"]),
-        (["--no-shuffle"], ["shuffle was True, is now False"]),
-        (["--data-dir", "other"], ["the training shards are not the same"]),
-        (["--seed", "7", "--data-dir", "other"], ["seed was 1337", "the training shards are"]),
-    ],
-)
-def test_resuming_as_another_run_is_refused(copy: Path, flags: list[str], words: list[str]) -> None:
-    write_shards(copy / "other")
-    (copy / "other/tiny_train_000002.npy").unlink()
-    before = read_files(copy)
-    refused(run(copy, "--resume", *flags), "log/step_000040 belongs to another run", *words)
-    assert read_files(copy) == before
-
-
-@pytest.mark.parametrize("name", ["train_000002", "val_000000"])
-def test_resuming_on_shards_of_other_content_is_refused(copy: Path, name: str) -> None:
-    shard = copy / f"data/tiny_{name}.npy"
-    tokens = np.load(shard)
-    tokens[100] = (tokens[100] + 1) % 300
-    np.save(shard, tokens)
-    refused(run(copy, "--resume", "--max-steps", "42"), "the training shards are not the same")

@@ -1,66 +1,66 @@
-"""train.py: its schedule, its presets, and what a run leaves."""
+"""train.py: its settings, what a run leaves, and a run that is called from Python."""
 
-import dataclasses
+import gc
 import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+import tyro
 from launcher import (
+    LONG,
     ROOT,
-    TINY,
     fork,
+    fork_function,
     metrics,
-    refused,
     run,
     run_well,
     saved_steps,
+    start,
+    steps_done,
+    tiny,
+    wait_for,
     write_shards,
 )
-from safetensors import safe_open
+from transformers import GPT2LMHeadModel
 
 import train
+from gptxs import checkpoint
+from gptxs.distributed import DistInfo
+from gptxs.metrics import MetricsLogger, StepStats
+from gptxs.optim import learning_rate
 from model import GPT, GPTConfig
-from optim import learning_rate
 
 RUN = ("--max-steps", "20", "--warmup-steps", "2", "--val-every", "10", "--sample-every", "0")
-
+NOTHING_DUE = ("--val-every", "0", "--sample-every", "0", "--checkpoint-every", "0")
+# A CPU compiles no shorter run.
+COMPILED = ("--compile", "--max-steps", "200", "--val-every", "0", "--sample-every", "0")
 
 # ---- settings ------------------------------------------------------------------------------------
 
 
-def published_rate(step: float) -> float:
-    """The learning rate of the default run."""
-    return learning_rate(step, max_steps=19_073, warmup_steps=715, max_lr=6e-4, min_lr=6e-5)
-
-
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [
-        (0, 6e-4 / 715),
-        (714, 6e-4),
-        (715, 6e-4),
-        ((715 + 19_072) / 2, (6e-4 + 6e-5) / 2),  # a cosine's middle
-        (19_072, 6e-5),
-    ],
-)
-def test_the_schedule_has_its_published_values(step: float, expected: float) -> None:
-    assert published_rate(step) == pytest.approx(expected, rel=1e-9)
-
-
-def test_the_schedule_rises_then_falls_and_never_leaves_its_bounds() -> None:
-    rates = [published_rate(step) for step in range(19_073)]
+def test_the_schedule_rises_and_falls_through_its_published_values() -> None:
+    rates = [learning_rate(step, train.TrainConfig()) for step in range(19_073)]
+    assert rates[0] == pytest.approx(6e-4 / 715, rel=1e-9)
+    assert rates[714] == rates[715] == 6e-4
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (10_000 - 715) / (19_072 - 715))
+    assert rates[10_000] == pytest.approx(6e-5 + cosine * (6e-4 - 6e-5), rel=1e-9)
+    assert rates[19_072] == pytest.approx(6e-5, rel=1e-9)
     assert all(a < b for a, b in itertools.pairwise(rates[:715]))
     assert all(a > b for a, b in itertools.pairwise(rates[715:]))
-    assert min(rates[715:]) == rates[-1]
 
 
 def test_the_default_run_is_the_published_one() -> None:
@@ -70,6 +70,7 @@ def test_the_default_run_is_the_published_one() -> None:
     assert config.batch_tokens * config.max_steps == pytest.approx(10e9, rel=1e-3)
     assert config.warmup_steps * config.batch_tokens == pytest.approx(375e6, rel=1e-3)
     assert (config.max_lr, config.min_lr) == (6e-4, 6e-5)
+    assert config.val_every == config.hellaswag_every == config.checkpoint_every == 250
 
 
 @pytest.mark.parametrize(
@@ -86,22 +87,6 @@ def test_the_presets_have_their_size_and_fit_one_to_eight_gpus(size: str, parame
         assert config.validate(world_size) == []
 
 
-def test_all_problems_of_a_configuration_are_reported_at_once() -> None:
-    config = dataclasses.replace(
-        train.TrainConfig(), batch_tokens=1000, max_lr=1e-5, val_tokens=3, grad_clip=0.0
-    )
-    problems = config.validate(world_size=1)
-    assert len(problems) == 4
-    for named in ("batch_tokens 1000", "max_lr 1e-05", "val_tokens 3", "grad_clip 0.0"):
-        assert sum(named in problem for problem in problems) == 1
-
-
-def test_a_batch_that_three_gpus_cannot_share_names_the_nearest_that_they_can() -> None:
-    (problem,) = train.TrainConfig().validate(world_size=3)
-    assert problem.startswith("batch_tokens 524288 must be a multiple of 98304 ")
-    assert problem.endswith("nearest: 491520")
-
-
 # ---- runs ----------------------------------------------------------------------------------------
 
 
@@ -111,7 +96,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     write_shards(folder / "data")
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *TINY, *RUN, "--profile", "2"],
+        [sys.executable, ROOT / "train.py", *tiny(*RUN, "--profile", "2")],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -127,189 +112,286 @@ def test_a_run_logs_every_step_and_learns(one_process: Path) -> None:
     rows = [json.loads(line) for line in (one_process / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["kind"] == "train"]
     assert [row["step"] for row in steps] == list(range(20))
-    for row in steps:
-        assert row["lr"] == pytest.approx(learning_rate(row["step"], 20, 2, 1e-2, 1e-3))
-        assert row["tokens_per_s"] == pytest.approx(256 / row["ms"] * 1e3, rel=1e-6)
-        assert row["mfu"] is None  # a CPU's peak is not in the table
+    assert all(row["mfu"] is None for row in steps)  # a CPU's peak is not in the table
     val = {row["step"]: row["loss"] for row in rows if row["kind"] == "val"}
     assert list(val) == [0, 10, 20]
     assert abs(val[0] - math.log(300)) < 0.1
     assert val[20] < val[10] < val[0] - 0.1
-    (start,) = [row for row in rows if row["kind"] == "run"]
-    assert start["config"]["batch_tokens"] == 256
-    assert start["dataset"] == "tiny"
-    assert start["versions"]["torch"] == torch.__version__
-
-
-def read_late(run: Any) -> None:
-    """Read a step's numbers one step later, as on a GPU."""
-
-    def log_step(step: int, lr: float, stats: torch.Tensor) -> None:
-        run.logger.pending.append((step, lr, stats, None))
-        run.logger.flush(keep=1)
-
-    run.logger.log_step = log_step
-
-
-def test_a_gpu_logs_the_last_step_of_a_run_in_which_nothing_else_is_due(folder: Path) -> None:
-    nothing = ("--val-every", "0", "--sample-every", "0", "--checkpoint-every", "0")
-    run_well(folder, *nothing, on_step=read_late)
-    assert len(metrics(folder / "log", "train")) == 40
-
-
-def test_a_run_leaves_checkpoints_a_picture_and_a_report(one_process: Path) -> None:
+    (first,) = [row for row in rows if row["kind"] == "run"]
+    assert first["config"]["batch_tokens"] == 256
+    assert first["dataset"] == "tiny"
+    assert first["versions"]["torch"] == torch.__version__
     names = {path.name for path in one_process.iterdir()}
     assert {"step_000014", "step_000020", "plot.png", "report.md"} <= names
-
-
-def test_a_machine_without_a_compiler_trains_uncompiled(folder: Path) -> None:
-    flags = ("--compile", "--max-steps", "200", "--val-every", "0", "--sample-every", "0")
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *TINY, *flags],
-        cwd=folder,
-        env=os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(folder / "ti")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("training without torch.compile: ") == 1
-    assert len(metrics(folder / "log", "train")) == 200
 
 
 def test_the_profile_holds_the_operations_of_its_steps(one_process: Path) -> None:
     events = json.loads((one_process / "trace_rank0.json").read_text())["traceEvents"]
     names = [event["name"] for event in events]
-    assert names.count("ProfilerStep#4") == 1
-    assert names.count("ProfilerStep#5") == 1
-    assert sum(name.startswith("ProfilerStep") for name in names) == 2
+    steps = {name for name in names if name.startswith("ProfilerStep")}
+    assert steps == {"ProfilerStep#4", "ProfilerStep#5"}
     assert "LinearCrossEntropyBackward" in names
 
 
-def end_before_the_first_step(run: Any) -> None:
-    """The checkpoint of step 0 is saved by then, and the compiler has nothing to do yet."""
-    assert any("_orig_mod" in name for name in run.training_model.state_dict())
-    run.loader.close()
-    raise SystemExit
+def test_the_losses_are_those_of_an_independent_loop(folder: Path) -> None:
+    """Hugging Face's model and AdamW, written as the README describes a run."""
+    run_well(folder, "--no-shuffle", "--keep-checkpoints", "0")
+    losses = [line["loss"] for line in metrics(folder / "log", "train").values()]
+
+    model = GPT2LMHeadModel.from_pretrained(folder / "log/step_000000").train()
+    parameters = list(model.parameters())
+    decayed = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1}
+    others = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([decayed, others], betas=(0.9, 0.95), eps=1e-8)
+    windows = []  # the documented order: windows of a shard overlap by a token
+    for name in ("tiny_train_000001.npy", "tiny_train_000002.npy"):
+        tokens = torch.from_numpy(np.load(folder / "data" / name).astype(np.int64))
+        windows += [tokens[i : i + 17] for i in range(0, len(tokens) - 16, 16)]
+    expected = []
+    for step in range(40):
+        batch = torch.stack([windows[(step * 16 + j) % len(windows)] for j in range(16)])
+        logits = model(batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * (step - 5) / 34)
+        lr = 1e-2 * (step + 1) / 5 if step < 5 else 1e-3 + cosine * 9e-3
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert losses == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_weights_of_a_compiled_run_have_hugging_faces_names(folder: Path, ranks: int) -> None:
-    """The compiled module and the parallel one both prefix the names of their weights."""
-    # A CPU compiles no shorter run. Nothing is exchanged right before the end: Gloo's thread may
-    # wait for Python's lock to free that tensor, while DDP's end holds the lock and waits for it.
-    flags = ("--compile", "--max-steps", "200", "--val-every", "0", "--sample-every", "0")
-    run_well(folder, *flags, ranks=ranks, on_step=end_before_the_first_step)
-    with safe_open(folder / "log/step_000000/model.safetensors", framework="pt") as weights:
-        names = set(weights.keys())
-    model = GPT(GPTConfig(d_model=16, n_heads=2, n_layers=1, context_length=16, vocab_size=300))
-    assert names == {name for name, _ in model.named_parameters()}  # once for the tied head
+def read_late() -> None:
+    """The numbers of a step are read when the next one is queued, as on a GPU."""
+
+    def log_step(self: Any, step: int, lr: float, stats: torch.Tensor) -> list[StepStats]:
+        self._pending.append((step, lr, stats, None))
+        return self.flush(keep=1)
+
+    MetricsLogger.log_step = log_step  # type: ignore[method-assign]
+
+
+def test_a_gpu_logs_the_last_step_of_a_run_in_which_nothing_else_is_due(folder: Path) -> None:
+    run_well(folder, *NOTHING_DUE, before=read_late)
+    assert len(metrics(folder / "log", "train")) == 40
+
+
+def test_a_gpu_logs_the_last_step_of_a_run_that_is_stopped(folder: Path) -> None:
+    (training,) = start(folder, *LONG, *NOTHING_DUE[:4], before=read_late)
+    wait_for(lambda: steps_done(folder / "log") > 5)
+    training.kill(signal.SIGTERM)
+    assert training.wait() == 0
+    assert saved_steps(folder / "log")[-1] == steps_done(folder / "log")
+
+
+def lose_the_compiler(probe: bool) -> None:
+    """There is no C++ compiler; without the probe it is missed in the first step only."""
+    from torch._inductor import config
+
+    config.cpp.cxx = ("no-such-compiler",)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path("inductor").resolve())
+    if not probe:
+        train.compiler_problem = lambda device: None
+
+
+@pytest.mark.parametrize("probe", [True, False])
+def test_without_a_compiler_a_run_is_not_compiled_or_says_how(folder: Path, probe: bool) -> None:
+    code, out, err = run(folder, *COMPILED, before=partial(lose_the_compiler, probe))
+    assert code == (0 if probe else 1)
+    assert out.count("training without torch.compile: ") == probe
+    assert ("--no-compile" in err) != probe
+    assert err.count("\n") == (not probe)
+    assert steps_done(folder / "log") == (200 if probe else 0)
+
+
+def test_the_last_line_shows_how_to_sample_where_there_is_a_checkpoint(folder: Path) -> None:
+    flags = ("--max-steps", "5", "--log-dir", "new", "--checkpoint-every")
+    assert run_well(folder, *flags, "0").endswith("are in new/\n")
+    last = run_well(folder, *flags, "5", "--resume").splitlines()[-1]
+    assert last == 'python eval.py --checkpoint new --prompt "a"'
+
+
+def break_plot() -> None:
+    train.plot.plot_run = Mock(side_effect=RuntimeError("no fonts"))  # type: ignore[attr-defined]
+
+
+def test_a_plot_that_fails_does_not_fail_the_run(folder: Path) -> None:
+    out = run_well(folder, "--max-steps", "5", before=break_plot)
+    assert "no plot: no fonts\n" in out
+    assert len(metrics(folder / "log", "train")) == 5
 
 
 def test_hellaswag_that_cannot_be_loaded_is_reported_once_and_training_continues(
     folder: Path,
 ) -> None:
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "WORLD_SIZE": "1"}
-    flags = ("--hellaswag-every", "2", "--max-steps", "5")
-    training = fork(folder, ["train.py", *TINY, *flags], offline)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
+    training = fork(folder, tiny("--hellaswag-every", "2", "--max-steps", "5"), offline)
     assert training.wait() == 0, training.err
     assert training.out.count("HellaSwag is skipped") == 1
     assert len(metrics(folder / "log", "train")) == 5
 
 
-ROW = {"activity_label": "a", "ctx": "b c", "ctx_a": "b", "ctx_b": "c", "label": 0}
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("line", "vocab", "word"),
-    [
-        ("{not json", "300", "line 1"),
-        ('{"ctx": 1}', "300", "line 1"),
-        (json.dumps(ROW | {"endings": ["a", "b", "c", "d " * 50]}), "50304", "an ending of"),
-        (json.dumps(ROW | {"endings": ["a", "b", "c", "hello"]}), "300", "vocabulary of 300"),
-    ],
-)
-def test_a_hellaswag_file_that_cannot_be_used_is_refused_before_the_first_step(
-    folder: Path, line: str, vocab: str, word: str
-) -> None:
-    (folder / "broken.jsonl").write_text(f"{line}\n")
-    flags = ("--hellaswag-every", "2", "--hellaswag-data", "broken.jsonl")
-    refused(run(folder, *flags, "--model.vocab-size", vocab), "broken.jsonl", word)
-    assert not (folder / "log/metrics.jsonl").exists()
+def break_evaluation(name: str) -> None:
+    setattr(train, name, Mock(side_effect=RuntimeError("no memory\nand a second line")))
 
 
-def break_chores(run: Any) -> None:
-    """Samples and HellaSwag fail from step 1 on."""
-    run.sampler.generate = Mock(side_effect=RuntimeError("no memory\nand a second line"))
-    run.hellaswag_examples = [None]
+@pytest.mark.parametrize("name", ["validation_loss", "sample"])
+def test_an_evaluation_that_fails_costs_no_step(folder: Path, name: str) -> None:
+    flags = ("--val-every", "7", "--sample-every", "7")
+    fault = partial(at_step, 1, partial(break_evaluation, name))
+    code, _, err = run(folder, *flags, on_step=fault)
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "no memory" in err
+    assert saved_steps(folder / "log") == [0, 7]
 
 
-def test_a_chore_that_fails_is_skipped_and_costs_no_checkpoint(folder: Path) -> None:
-    (folder / "h.jsonl").write_text(json.dumps(ROW | {"endings": ["a", "b", "c", "d"]}) + "\n")
-    flags = ("--sample-every", "7", "--hellaswag-every", "7", "--hellaswag-data", "h.jsonl")
-    more = ("--model.vocab-size", "50304", "--max-steps", "8")
-    out = run_well(folder, *flags, *more, on_step=break_chores)
-    assert out.count("step     7 | sample is skipped: no memory\n") == 1
-    assert out.count("step     7 | hellaswag is skipped: ") == 1
-    assert saved_steps(folder / "log") == [0, 7, 8]
+def at_step(step: int, fault: Callable[[], None], run: Any) -> None:
+    if run.step == step:
+        fault()
 
 
-def test_a_checkpoint_is_saved_before_the_validation_of_its_step(folder: Path) -> None:
-    """Whatever stops the validation: even a kill."""
-    flags = ("--checkpoint-every", "10", "--val-every", "10")
-    run_well(folder, *flags, "--max-steps", "20")
-    kinds = [json.loads(line) for line in (folder / "log/metrics.jsonl").open()]
-    state = torch.load(folder / "log/step_000020/training_state.pt", weights_only=True)
-    val = {row["step"]: row["loss"] for row in kinds if row["kind"] == "val"}
-    assert state["best_val"] == val[10] > val[20]
+def stop_and_kill_in_validation() -> None:
+    """torchrun sends SIGTERM, and SIGKILL to who has not ended 30 seconds later."""
+
+    def validation_loss(*_: Any, **__: Any) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(lambda: 14 in saved_steps(Path("log")))
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0.0
+
+    train.validation_loss = validation_loss
 
 
-def break_saving(first: int, run: Any) -> None:
-    """No checkpoint of step ``first`` or later can be written."""
-    if run.step == first:
-        run.writer.start = Mock(side_effect=OSError("No space left on device"))
+def test_a_stop_during_an_evaluation_loses_no_step_even_if_it_takes_too_long(folder: Path) -> None:
+    """The checkpoint comes first. Its best validation loss is that before this evaluation."""
+    fault = partial(at_step, 13, stop_and_kill_in_validation)
+    (training,) = start(folder, "--val-every", "7", on_step=fault)
+    assert training.wait() == -signal.SIGKILL
+    assert saved_steps(folder / "log") == [0, 7, 14]
+    run_well(folder, "--resume", "--val-every", "7")
+    val = {step: line["loss"] for (_, step), line in metrics(folder / "log", "val").items()}
+    assert list(val) == [0, 7, 14, 21, 28, 35, 40]
 
 
-@pytest.mark.parametrize(("first", "newest"), [(0, "step_000000"), (10, "step_000007")])
+def fill_the_disk() -> None:
+    checkpoint.save = Mock(side_effect=OSError("No space left on device"))  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("first", "saved"), [(0, [0]), (10, [0, 7])])
 def test_a_run_whose_last_checkpoint_could_not_be_written_ends_with_1(
-    folder: Path, first: int, newest: str
+    folder: Path, first: int, saved: list[int]
 ) -> None:
-    fault = partial(break_saving, first)
+    """A full disk does not stop it before."""
+    fault = partial(at_step, first, fill_the_disk)
     code, out, err = run(folder, "--max-steps", "12", on_step=fault)
     assert code == 1
-    assert err.startswith("train.py: the last checkpoint was not saved, the newest is log/")
-    assert err.endswith(f"{newest}: No space left on device\n")
+    assert err.startswith("train.py: the last checkpoint was not saved")
     assert err.count("\n") == 1
-    assert "checkpoint not saved: No space left on device\n" in out  # and not that it continues
-    assert "done: metrics.jsonl" in out
+    assert "checkpoint not saved: No space left on device\n" in out
+    assert saved_steps(folder / "log") == saved
+    assert len(metrics(folder / "log", "train")) == 12
 
 
-def test_the_last_lines_name_no_checkpoints_where_there_are_none(folder: Path) -> None:
-    out = run_well(folder, "--max-steps", "5", "--checkpoint-every", "0")
-    assert out.splitlines()[-1] == "done: metrics.jsonl are in log/"
+def move_checkpoints(run: Any) -> None:
+    """A job of the user's uploads the checkpoints, and deletes the lock files that it finds."""
+    Path("log/.lock").unlink(missing_ok=True)
+    for folder in Path("log").glob("step_*"):
+        folder.rename(f"away/{folder.name}")
 
 
-def break_plot(run: Any) -> None:
-    train.plot.plot_run = Mock(side_effect=RuntimeError("no fonts"))
+def test_a_run_survives_the_loss_of_its_checkpoints_and_of_its_lock_file(folder: Path) -> None:
+    (folder / "away").mkdir()
+    flags = ("--checkpoint-every", "1", "--keep-checkpoints", "1")
+    run_well(folder, *flags, on_step=move_checkpoints)
+    assert saved_steps(folder / "log")[-1] == 40
+    assert len(metrics(folder / "log", "train")) == 40
 
 
-def test_a_plot_that_fails_does_not_fail_the_run(folder: Path) -> None:
-    out = run_well(folder, "--max-steps", "5", on_step=break_plot)
-    assert "no plot: no fonts\n" in out
-    assert "done: metrics.jsonl and checkpoints are in log/" in out
+# ---- called from Python --------------------------------------------------------------------------
+
+CPU = DistInfo(rank=0, world_size=1, device=torch.device("cpu"))
 
 
-def rename_log(run: Any) -> None:
-    """The log folder is moved away, and another one is where it was."""
-    if run.step == 5:
-        Path("log").rename("moved")
-        Path("log").mkdir()
+def config(*flags: str) -> train.TrainConfig:
+    settings = tiny("--warmup-steps", "1", "--max-steps", "3", "--checkpoint-every", "2", *flags)
+    return tyro.cli(train.TrainConfig, args=settings)
 
 
-def test_a_log_folder_that_is_replaced_stops_the_run_which_writes_no_more(folder: Path) -> None:
-    code, _, err = run(folder, on_step=rename_log)
-    assert code == 1
-    assert err == "train.py: log was renamed, removed or replaced during the run\n"
-    assert list((folder / "log").iterdir()) == []
-    assert len(metrics(folder / "moved", "train")) == 5
+def raise_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def notebook() -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    train.train(config(), CPU)
+    # A cell that fails or is interrupted: its traceback, which holds the run, is kept.
+    kept = []
+    for fault in (Mock(side_effect=RuntimeError), raise_interrupt):
+        with pytest.raises((RuntimeError, KeyboardInterrupt)) as caught:
+            train.train(config("--resume", "--max-steps", "6"), CPU, fault)
+        kept.append(caught)
+        assert gc.get_freeze_count() == 0
+        assert {number: signal.getsignal(number) for number in handlers} == handlers
+    train.train(config("--resume", "--max-steps", "6"), CPU)
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    thread = threading.Thread(
+        target=train.train, args=(config("--log-dir", "log_of_a_thread"), CPU)
+    )
+    thread.start()
+    thread.join()
+
+
+def test_a_notebook_trains_again_and_again_and_in_a_thread(folder: Path) -> None:
+    """Afterwards Ctrl-C interrupts as before, and Python collects all garbage."""
+    training = fork_function(folder, notebook)
+    assert training.wait() == 0, training.err
+    assert len(metrics(folder / "log", "train")) == 6
+    assert saved_steps(folder / "log_of_a_thread")[-1] == 3
+
+
+class NameOfMps(str):
+    """A device that is computed on the CPU and calls itself "mps"."""
+
+    type = "mps"
+
+
+class OldFusedAdamW(torch.optim.AdamW):
+    """It updates whatever found_inf says, as MPS's did before torch 2.13."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.found_inf = None
+        super().step()
+
+
+def train_on_mps() -> None:
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (math.nan if run.step == 1 else 1.0)
+
+    def on_step(progress: train.Progress, model: GPT) -> None:
+        if progress.step == 0:
+            model.transformer.ln_f.weight.register_hook(poison)
+        run.step = progress.step
+
+    run = SimpleNamespace(step=0)
+    train.build_optimizer = lambda model, *_, **__: OldFusedAdamW(model.parameters())
+    device: Any = NameOfMps("cpu")
+    train.train(config(), DistInfo(rank=0, world_size=1, device=device), on_step)
+
+
+def test_on_mps_an_update_that_is_not_finite_is_skipped_by_the_host(folder: Path) -> None:
+    training = fork_function(folder, train_on_mps)
+    assert training.wait() == 0, training.err
+    lines = metrics(folder / "log", "train")
+    assert [step for (_, step), line in lines.items() if line.get("skipped")] == [1]
+    assert lines["train", 2]["loss"] is not None  # as NaN would be written
+    assert saved_steps(folder / "log") == [0, 2, 3]

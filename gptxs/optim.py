@@ -1,67 +1,49 @@
-"""From gradients to updates: their exchange between devices, the optimizer, the learning rate."""
+"""From gradients to updates: the learning rate, the groups of parameters, AdamW and Muon."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn import Module, Parameter
-from torch.nn.parallel import DistributedDataParallel
 
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "wsd"]
 
 
-def wrap_ddp(model: Module, device: torch.device, bf16_grads: bool) -> DistributedDataParallel:
-    """The model with its gradients averaged over the ranks in the backward pass.
+class ScheduleSettings(Protocol):
+    """What ``learning_rate`` reads of the settings of a run."""
 
-    ``bf16_grads`` halves the traffic: the gradients are rounded to bf16 before they are summed.
-    """
-    # Not static_graph: with gradient accumulation it stops synchronizing (pytorch#187732).
-    ddp = DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,  # gradients live in the buckets that are exchanged: no copy
-        # The compiled step is split into a graph for each bucket. DDP's default of 25 MB makes 13
-        # graphs of 124M, cut inside the blocks, which write and read 3.3 GB more in a micro-step of
-        # 64 x 512 tokens; 100 MB makes 4 and 0.55 GB, by Inductor's own count.
-        bucket_cap_mb=100,
-    )
-    if bf16_grads:
-        ddp.register_comm_hook(None, _exchange_in_bf16)
-    return ddp
+    @property
+    def max_steps(self) -> int: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def max_lr(self) -> float: ...
+    @property
+    def min_lr(self) -> float: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def cooldown(self) -> float: ...
 
 
-def _exchange_in_bf16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    # torch's own hook. DDP looks for its name, and refuses it in a build without CUDA.
-    return bf16_compress_hook(group, bucket)
-
-
-def learning_rate(
-    step: int,
-    max_steps: int,
-    warmup_steps: int,
-    max_lr: float,
-    min_lr: float,
-    schedule: Schedule = "cosine",
-    cooldown: float = 0.4,
-) -> float:
+def learning_rate(step: int, config: ScheduleSettings) -> float:
     """The learning rate of update ``step``: linear to max_lr, then down to min_lr at the last one.
 
     The way down is half a cosine (Loshchilov & Hutter 2017) or a line. "wsd" (warm-up, stable,
     decay; Hu et al. 2024) stays at max_lr, and is a line over the last ``cooldown`` of the steps.
     """
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
-    decay_start = warmup_steps  # the last step at max_lr
-    if schedule == "wsd":
-        decay_start = max(warmup_steps, max_steps - 1 - round(cooldown * max_steps))
-    decay_steps = max(1, max_steps - 1 - decay_start)
+    c = config
+    if step < c.warmup_steps:
+        return c.max_lr * (step + 1) / c.warmup_steps
+    decay_start = c.warmup_steps  # the last step at max_lr
+    if c.schedule == "wsd":
+        decay_start = max(c.warmup_steps, c.max_steps - 1 - round(c.cooldown * c.max_steps))
+    decay_steps = max(1, c.max_steps - 1 - decay_start)
     progress = min(1.0, max(0, step - decay_start) / decay_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
-    return min_lr + (cosine if schedule == "cosine" else 1 - progress) * (max_lr - min_lr)
+    return c.min_lr + (cosine if c.schedule == "cosine" else 1 - progress) * (c.max_lr - c.min_lr)
 
 
 def build_optimizer(

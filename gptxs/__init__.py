@@ -1,0 +1,1 @@
+"""What the seven scripts use and nobody needs to read first."""

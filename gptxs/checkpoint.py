@@ -1,0 +1,334 @@
+"""Checkpoints of a run: saving, finding, verifying and loading them.
+
+``LOG_DIR/step_005000/`` is a Hugging Face model plus ``training_state.pt`` and ``checksums.json``.
+It is written under a temporary name, fsynced and renamed: a folder with its final name is complete.
+Nothing that is loaded can run code. Training waits only for the copy of the run to host memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+import zlib
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gptxs.files import fsync
+from gptxs.hf import write_model
+from gptxs.hub import local_folder
+
+Weights = dict[str, Tensor]  # the model's parameters by name, the tied head once
+Shape = dict[str, int]  # the fields of GPTConfig
+
+STATE_FILE = "training_state.pt"
+CHECKSUMS_FILE = "checksums.json"
+# A resumed run must not change these: they determine the model and which tokens each step sees.
+FIXED_SETTINGS = ("model", "batch_tokens", "seed", "shuffle", "data", "optimizer")
+# Not compared: how the process was started, and the digest of the initial weights, which a resumed
+# run takes from its checkpoint.
+IGNORED_SETTINGS = ("resume", "log_dir", "init_sha256")
+
+
+@dataclass
+class TrainingState:
+    """What a run needs besides the weights to continue as if it had never stopped."""
+
+    step: int  # optimizer updates made so far
+    optimizer: dict[str, Any]  # the optimizer's state_dict
+    rng: Tensor  # state of torch's random number generator on the CPU
+    settings: dict[str, Any]  # the configuration, as in metrics.jsonl, and the data's fingerprint
+    best_val: float  # lowest validation loss so far
+    skipped: int  # updates skipped in a row because the gradient was not finite
+    losses: list[float]  # the most recent training losses, for the z-score
+    scaler: dict[str, float | int] = field(default_factory=dict)  # the loss scaler's, of fp16
+
+
+def list_checkpoints(log_dir: Path) -> list[Path]:
+    """The checkpoints in a log folder, newest first."""
+    folders = [path for path in log_dir.glob("step_*") if path.is_dir()]
+    return sorted([path for path in folders if path.name[5:].isdecimal()], key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def contains_run(log_dir: Path) -> bool:
+    """Whether a run has written metrics or checkpoints to this folder."""
+    return bool(list_checkpoints(log_dir)) or (log_dir / "metrics.jsonl").exists()
+
+
+def latest_valid(log_dir: Path, model_only: bool = False) -> Path | None:
+    """The newest checkpoint that ``verify`` accepts; damaged ones are reported on stderr.
+
+    None when there are no checkpoints. Raises ValueError when all of them are damaged: starting
+    from scratch beside them is the user's decision.
+    """
+    damaged: list[Path] = []
+    # Listed anew each time: a run may prune one and write another while it is verified.
+    while folders := [path for path in list_checkpoints(log_dir) if path not in damaged]:
+        try:
+            verify(folders[0], model_only)
+            return folders[0]
+        except (OSError, ValueError) as error:
+            if folders[0].exists():
+                print(f"{folders[0]}: damaged ({error}); trying the one before", file=sys.stderr)
+                damaged.append(folders[0])
+    if damaged:
+        raise ValueError(f"{log_dir}: no valid checkpoint; give another folder to start anew")
+    return None
+
+
+def find_checkpoint(source: str, check: bool = True) -> Path:
+    """The folder of a model: a checkpoint, the newest one of a log folder, or a hub id's copy.
+
+    With ``check`` the files are held against their checksums, where there are any. Raises
+    FileNotFoundError where there is no model, ValueError when it, or all of a log, is damaged.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        if check and folder.is_dir():
+            verify(folder, model_only=True)
+        return local_folder(source)
+    newest = latest_valid(folder, True) if check else next(iter(list_checkpoints(folder)), None)
+    if newest is None:
+        raise FileNotFoundError(f"{source}: no config.json and no step_* checkpoint in it")
+    return newest
+
+
+def verify(folder: Path, model_only: bool = False) -> None:
+    """Raise ValueError, or OSError, when a checkpoint's files do not match their checksums.
+
+    With ``model_only`` the training state is not read, and a folder without checksums is valid: it
+    may be a copy of the model, or another program's.
+    """
+    path = folder / CHECKSUMS_FILE
+    if model_only and not path.exists() and (folder / "config.json").exists():
+        return
+    try:
+        checksums = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} holds no checksums") from None
+    # A file that the checksums do not list must not pass unseen when it is missing.
+    for name in {STATE_FILE, "model.safetensors", "config.json", *checksums}:
+        if model_only and name == STATE_FILE:
+            continue
+        if checksums.get(name) != _checksum(folder / name):
+            remedy = "use another checkpoint, or evaluate it with --no-verify"
+            raise ValueError(f"{folder / name} does not match its checksum; {remedy}")
+
+
+def _checksum(path: Path) -> list[int]:
+    """Size in bytes and CRC-32: against decay and truncation, not against an attacker."""
+    # zlib's CRC runs at gigabytes a second; SHA-256 would take longer than the write.
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+        return [file.tell(), crc]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete."""
+
+    step: int
+    folder: Path
+    seconds: float  # that it took, with the deletion of old checkpoints
+    pause: float = 0.0  # seconds that training waited, if a Writer has saved it
+
+
+class Writer:
+    """Writes the checkpoints of a run in a thread, one at a time, while training continues."""
+
+    def __init__(self, log_dir: Path, keep: int) -> None:
+        """Write to ``log_dir`` and keep only the newest ``keep`` checkpoints (0: all)."""
+        self._log_dir = log_dir
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[Saved] | None = None
+        self._pause = 0.0
+        # The next step updates the weights and moments in place, so the thread writes host copies:
+        # 1.5 GB for 124M and AdamW, 2.5 GB if pinned, which torch rounds up to powers of two.
+        self._copies: dict[str, Tensor] = {}
+
+    def start(self, weights: Weights, shape: Shape, state: TrainingState) -> None:
+        """Copy the run to host memory and start to write the copy.
+
+        Collect the previous save with ``finished`` first: both use the same host buffers.
+        """
+        if self._pending is not None:
+            raise RuntimeError("the previous checkpoint is still being written")
+        start = time.perf_counter()
+        weights = self._copy("model", weights)
+        optimizer = self._copy("optimizer", state.optimizer)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the copies were only queued
+        state = replace(state, optimizer=optimizer, rng=state.rng.clone())
+        self._pause = time.perf_counter() - start
+        self._pending = self._thread.submit(save, self._log_dir, weights, shape, state, self._keep)
+
+    def finished(self, wait: bool = False) -> Saved | None:
+        """The result of the pending save, once. With ``wait`` it blocks until the save has ended.
+
+        None if it is still being written or there is none. Raises OSError if the save failed.
+        """
+        pending = self._pending
+        if pending is None or not (wait or pending.done()):
+            return None
+        futures.wait([pending])  # if a signal's handler raises here, _pending is still set
+        self._pending = None
+        return replace(pending.result(), pause=self._pause)
+
+    def _copy(self, name: str, value: Any) -> Any:
+        """Nested dicts, their tensors copied to host buffers; ``name`` is a buffer's key."""
+        if isinstance(value, dict):
+            return {key: self._copy(f"{name}.{key}", entry) for key, entry in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        if name not in self._copies:
+            # A GPU copies to pinned memory several times faster than to memory that may be swapped.
+            self._copies[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return self._copies[name].copy_(value.detach(), non_blocking=value.is_cuda)
+
+
+def save(log_dir: Path, weights: Weights, shape: Shape, state: TrainingState, keep: int) -> Saved:
+    """Write the checkpoint of ``state.step``, then delete old ones but for ``keep`` (0: keep all).
+
+    Raises OSError on failure. If writing the files failed, nothing of them is left and no old
+    checkpoint was deleted.
+    """
+    start = time.perf_counter()
+    final = log_dir / f"step_{state.step:06d}"
+    partial = log_dir / f".partial_{final.name}"
+    _require_finite(weights, state)
+    try:
+        # In this order the process may be killed at any moment: first complete files, then their
+        # name, and only then fewer old checkpoints.
+        _remove_partial(log_dir)
+        partial.mkdir()
+        _write_files(partial, weights, shape, state)
+        if final.exists():  # a damaged one: moved aside, never half deleted in place
+            final.rename(log_dir / f".partial_old_{final.name}")
+        partial.rename(final)
+        fsync(log_dir)
+        # Later steps do not count: they are damaged, or this run would have resumed from them.
+        older = [path for path in list_checkpoints(log_dir) if _step(path) < state.step]
+        for old in older[keep - 1 :] if keep else []:
+            with suppress(OSError):  # the user may move or lock any of them at any time
+                old.rename(log_dir / f".partial_{old.name}")
+    except Exception as error:  # torch and safetensors report a full disk with their own classes
+        raise OSError(f"{final} could not be written: {error}") from error
+    finally:
+        _remove_partial(log_dir)
+    return Saved(state.step, final, time.perf_counter() - start)
+
+
+def _remove_partial(log_dir: Path) -> None:
+    for path in log_dir.glob(".partial_*"):  # also of a process that was killed
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _require_finite(weights: Weights, state: TrainingState) -> None:
+    """Raise OSError where a run could not go on from, which may cost an older, good checkpoint."""
+    tensors = dict(weights)
+    for index, moments in state.optimizer["state"].items():
+        tensors.update({f"optimizer.state[{index}].{name}": moments[name] for name in moments})
+    for name, tensor in tensors.items():
+        low, high = torch.aminmax(tensor.detach())  # NaN passes through both
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise OSError(f"step {state.step} was not saved: {name} is not finite")
+
+
+def _write_files(folder: Path, weights: Weights, shape: Shape, state: TrainingState) -> None:
+    """Write all files of a checkpoint and their checksums, and wait until they are on the disk."""
+    # torch, safetensors, fsync and the checksums all run without Python's lock.
+    with ThreadPoolExecutor() as pool:
+        state_written = pool.submit(torch.save, vars(state), folder / STATE_FILE)
+        write_model(folder, weights, shape)
+        state_written.result()
+        files = sorted(folder.iterdir())
+        synced = pool.map(fsync, files)
+        sums = pool.map(_checksum, files)  # from the page cache, while the disk is busy
+        checksums = {file.name: checksum for file, checksum in zip(files, sums, strict=True)}
+        list(synced)  # raises what one of them has raised
+    path = folder / CHECKSUMS_FILE
+    path.write_text(json.dumps(checksums, indent=2), encoding="utf-8")
+    fsync(path)
+    fsync(folder)
+
+
+def load_state(folder: Path) -> TrainingState:
+    """A checkpoint's training state, on the CPU. Raises ValueError when it is not one."""
+    path = folder / STATE_FILE
+    try:
+        # weights_only: a state is plain data, and a pickle in its place must not run code.
+        return TrainingState(**torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        remedy = "the log folder must be on a disk that all machines of a run share"
+        raise FileNotFoundError(f"{path}: not there on this machine; {remedy}") from None
+    except Exception as error:  # torch's own message recommends weights_only=False
+        raise ValueError(f"{path}: not a training state, or one that would run code") from error
+
+
+def load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any], folder: Path) -> None:
+    """Load the moments of a saved optimizer; options such as weight decay stay as they are.
+
+    Raises ValueError, and changes nothing, when a tensor does not have its parameter's shape: the
+    fused kernel would read and write beyond it.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for index, moments in state_dict["state"].items():
+        # Interned names, as those of a run that was never stopped: its pickle has the same bytes.
+        state[index] = {sys.intern(name): moment for name, moment in moments.items()}
+        for name, moment in moments.items():
+            expected = torch.Size() if name == "step" else parameters[index].shape
+            if moment.shape != expected:
+                path = folder / STATE_FILE
+                raise ValueError(f"{path}: {name} of parameter {index} is not of its shape")
+    # With the new options in place of those saved, an option that was changed takes effect.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def compare_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:
+    """One message for each setting that differs from those of the checkpoint in ``folder``.
+
+    Raises ValueError, with all of them, when some of these would make it another run.
+    """
+    changes: list[str] = []
+    refused: list[str] = []
+    for name, value in now.items():
+        if name in IGNORED_SETTINGS or saved.get(name) == value:
+            continue
+        if name == "init_from" and value is None:  # a resumed run does not need its source
+            continue
+        change = f"{name} was {saved.get(name)}, is now {value}"
+        if name == "data":  # hundreds of shards: no message could show them
+            change = f"the shards are not the same ({_data_difference(saved[name], value)})"
+        (refused if name in FIXED_SETTINGS else changes).append(change)
+    if refused:
+        problems = "; ".join(refused)
+        remedy = "use the saved settings, or a new --log-dir"
+        raise ValueError(f"{folder} belongs to another run: {problems}; {remedy}")
+    return changes
+
+
+def _data_difference(saved: list[list[Any]], now: list[list[Any]]) -> str:
+    """How shards, each a name, its tokens and a digest, differ from those of the checkpoint."""
+    for then, entry in zip(saved, now, strict=False):
+        if then != entry:
+            return f"{entry[0]} has changed" if then[0] == entry[0] else f"{entry[0]} is new"
+    return f"{len(saved)} then, {len(now)} now"

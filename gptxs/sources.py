@@ -1,0 +1,321 @@
+"""Sources of text as pieces that threads read row by row: files, data sets of the hub, the stdlib.
+
+`datasets` streams JSON, CSV and Arrow files and all formats of the hub. Two things are read without
+it: text files, of which it would hold a line in memory (a book, or a corpus, may be one line) and
+change the line ends; and local Parquet, since starting it takes a tenth of the time that 37M tokens
+take.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import functools
+import glob
+import hashlib
+import itertools
+import os
+import re
+import sys
+import sysconfig
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gptxs.cli import first_line
+from gptxs.files import decode_text
+from gptxs.tokenizer import DELIMITER
+
+TEXT_SUFFIXES = (".txt", ".text", ".md")
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".arrow", *TEXT_SUFFIXES)
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+ARROW_METADATA = ("dataset_info.json", "dataset_dict.json", "state.json")  # of `save_to_disk`
+FILES_AT_ONCE = 64  # that `datasets` opens: for each of them it goes through the list of all
+ROWS_AT_ONCE = 256
+BLOCK_BYTES = 1 << 18  # of a text file
+# A document longer than a block is cut before a space or newline and a character that is neither.
+# GPT-2's pattern begins a new part there in any text, so that no token changes.
+BREAK = re.compile(r".+(?=[ \n]\S)", re.DOTALL)
+
+
+class Continuation(str):
+    """A row that continues the document of the row before."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source that one thread reads by itself.
+
+    A row is a document, a Continuation, or None or "" where there is no text.
+    """
+
+    file: str
+    rows: Callable[[], Iterable[str | None]]
+
+
+# ---- where the files are -------------------------------------------------------------------------
+
+
+def suffix_of(file: str) -> str:
+    """What tells a file's format: ".jsonl" for `A.JSONL.GZ`; "" for one that is not read."""
+    stem, suffix = os.path.splitext(file.lower())
+    if suffix in COMPRESSIONS:
+        suffix = os.path.splitext(stem)[1].replace(".parquet", "").replace(".arrow", "")
+    return suffix if suffix in SUFFIXES else ""
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether it is a data set of the hub rather than a path."""
+    is_path = os.path.exists(os.path.expanduser(source)) or suffix_of(source)
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+    return source == "fineweb-edu" or (is_id and not is_path)
+
+
+def hub_files(
+    source: str, name: str | None, split: str | None, revision: str | None
+) -> tuple[str, list[str]]:
+    """The commit of a hub's data set, and its files in order.
+
+    Raises ConnectionError when the hub cannot be reached, ValueError or FileNotFoundError for what
+    it does not have.
+    """
+    from gptxs.hub import require_hub  # which imports huggingface_hub
+
+    require_hub()
+    if source == "fineweb-edu":
+        source, name = "HuggingFaceFW/fineweb-edu", name or "sample-10BT"
+    builder = _import_datasets().load_dataset_builder(source, name, revision=revision)
+    splits = {str(key): files for key, files in (builder.config.data_files or {}).items()}
+    files = [str(file) for file in splits.get(split or "train", [])]
+    if not files or not all(map(suffix_of, files)):
+        raise ValueError(f"--source {source}: no files that are read; --split is {[*splits]}")
+    return files[0].split("@")[1].split("/")[0], files  # hf://datasets/OWNER/NAME@COMMIT/FILE
+
+
+def local_files(source: str) -> tuple[str, list[Path]]:
+    """SHA-256 of the names and sizes of a path's, folder's or glob's files, and these in order.
+
+    A line says which files are left out. Raises FileNotFoundError or ValueError for none at all.
+    """
+    path = Path(source).expanduser()
+    roots = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path)))]
+    if not roots:
+        raise FileNotFoundError(
+            f"--source {source}: no such file or folder; give fineweb-edu, stdlib, OWNER/NAME of"
+            " the hub or an existing path"
+        )
+    found = [file for root in roots for file in (_walk(root) if root.is_dir() else [root])]
+    files = [f for f in found if suffix_of(f.name) and f.name not in ARROW_METADATA]
+    left_out = Counter(f.suffix or f.name for f in found) - Counter(f.suffix for f in files)
+    if left_out:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
+        print(f"{source}: files that are not read: {kinds}", file=sys.stderr)
+    if not files:
+        raise ValueError(f"--source {source}: no file ends in {', '.join(SUFFIXES)}")
+    digest = hashlib.sha256()
+    for file in files:
+        if not file.is_file():  # a pipe, or a link to nothing
+            raise ValueError(f"{file} is not a regular file; remove it")
+        try:
+            name = os.path.relpath(file, path if path.is_dir() else path.parent).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{os.fsencode(file)!r}: the name is not UTF-8; rename it") from None
+        digest.update(name + f"\0{file.stat().st_size}\0".encode())
+    return digest.hexdigest(), files
+
+
+def _walk(folder: Path) -> list[Path]:
+    """The files below a folder, but for hidden ones, in order. Links to folders are followed."""
+    files: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
+            raise ValueError(f"{path} is a link that leads in a circle; remove it")
+        if path.name[0] != "." and path.name != "__MACOSX":
+            files += _walk(path) if path.is_dir() else [path]
+    return files
+
+
+# ---- files as pieces -----------------------------------------------------------------------------
+
+
+def open_files(files: list[str], column: str) -> list[Piece]:
+    """The pieces of files: a row group of Parquet, and of other formats a file."""
+    pieces: list[Piece] = []
+    numbers = {file: number for number, file in enumerate(files)}
+    groups = itertools.groupby(files, lambda f: (suffix_of(f), numbers[f] // FILES_AT_ONCE))
+    for (suffix, _), of_one_format in groups:
+        group = list(of_one_format)
+        with naming(group[0]):
+            if suffix in TEXT_SUFFIXES:
+                pieces += [Piece(file, partial(read_text, file)) for file in group]
+            elif suffix == ".parquet" and not group[0].startswith("hf://"):
+                pieces += _open_parquet(group, column)
+            else:
+                pieces += _open_streams(group, suffix, column)
+    return pieces
+
+
+def _import_datasets() -> Any:
+    import datasets
+    from tqdm import tqdm
+
+    # It would import torch, which takes seconds, and log as errors what we turn into a line.
+    datasets.config.TORCH_AVAILABLE = False
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    tqdm.set_lock(threading.RLock())  # its own starts a process, of which Ctrl-C leaves a warning
+    return datasets
+
+
+def _open_streams(files: list[str], suffix: str, column: str) -> list[Piece]:
+    """Files of one format, streamed by `datasets`."""
+    kind = {".jsonl": "json", ".tsv": "csv"}.get(suffix, suffix[1:])
+    options: dict[str, Any] = {}
+    if kind == "csv":  # every text as it is: neither a number nor, for "NA" or "", nothing
+        options = {"converters": {column: str}, "keep_default_na": False, "index_col": False}
+        options["sep"] = "\t" if suffix == ".tsv" else ","
+    data_files = {"train": [glob.escape(file) for file in files]}
+    builder = _import_datasets().load_dataset_builder(kind, data_files=data_files, **options)
+    stream = builder.as_streaming_dataset(split="train")
+    if kind == "parquet":
+        _require_column(column, stream.column_names)
+        builder.config.columns = [column]
+    # Each table keeps the columns that it has: in JSON they differ from file to file.
+    builder.info.features = stream.info.features = None
+
+    def read(of_file: Any, index: int) -> Iterator[str | None]:
+        piece = of_file.shard(of_file.num_shards, index).with_format("arrow")
+        for table in piece.iter(ROWS_AT_ONCE):
+            yield from _texts(table, column)
+
+    of_files = [stream.shard(len(files), index) for index in range(len(files))]
+    with ThreadPoolExecutor(16) as pool:  # a hub takes long for each file's list of row groups
+        of_files = list(pool.map(lambda of_file: of_file.reshard(), of_files))
+    return [
+        Piece(file, partial(read, of_file, index))
+        for file, of_file in zip(files, of_files, strict=True)
+        for index in range(of_file.num_shards)
+    ]
+
+
+def _open_parquet(files: list[str], column: str) -> list[Piece]:
+    """Local Parquet files, read by pyarrow."""
+    import pyarrow.parquet as pq
+
+    def read(file: str, metadata: Any, group: int) -> Iterator[str | None]:
+        with pq.ParquetFile(file, metadata=metadata) as opened:
+            columns = [column] if column in opened.schema_arrow.names else None
+            for batch in opened.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns):
+                yield from _texts(batch, column)
+
+    pieces: list[Piece] = []
+    for file in files:
+        with naming(file):
+            metadata = pq.read_metadata(file)
+        groups = range(metadata.num_row_groups)
+        pieces += [Piece(file, partial(read, file, metadata, group)) for group in groups]
+    return pieces
+
+
+def _require_column(column: str, names: list[str]) -> None:
+    if column not in names:
+        raise ValueError(f"no column `{column}`; give --column one of: {', '.join(names)}")
+
+
+def _texts(table: Any, column: str) -> list[str | None]:
+    """The texts of an Arrow table's column; ValueError where it has none."""
+    _require_column(column, table.schema.names)
+    texts = table[column]
+    kind = str(getattr(texts.type, "value_type", texts.type))  # of a dictionary: what it holds
+    if kind not in ("string", "large_string", "string_view", "null"):
+        raise ValueError(f"column `{column}` holds {kind} and not text; give another --column")
+    return texts.to_pylist()
+
+
+def read_text(file: str) -> Iterator[str | None]:
+    """The documents of a text file, which <|endoftext|> separates, in the memory of a block."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    kind: type[str] = str
+    rest = ""
+    with _open(file) as opened:
+        for number in itertools.count():
+            block = opened.read(BLOCK_BYTES)
+            text = decoder.decode(block, final=not block)
+            if number == 0:  # drops the mark, and refuses UTF-16 with zeros, which are valid UTF-8
+                text = decode_text(text.encode(), "this file")
+            *documents, rest = (rest + text).split(DELIMITER)
+            for document in documents:
+                yield kind(document) if document.strip() else None
+                kind = str
+            if not block:
+                break
+            if len(rest) > BLOCK_BYTES and (begin := BREAK.match(rest)):
+                yield kind(begin[0])
+                kind = Continuation
+                rest = rest[begin.end() :]
+    yield kind(rest) if rest.strip() else None
+
+
+def _open(file: str) -> Any:
+    """A file of the disk or the hub, decompressed."""
+    import fsspec  # a hundredth of the time of 37M tokens
+
+    return fsspec.open(file, "rb", compression="infer")
+
+
+@contextmanager
+def naming(file: str) -> Iterator[None]:
+    """Give an error the name of the file, and another reason where its encoding is to blame."""
+    try:
+        yield
+    except Exception as error:  # a damaged file raises any class of Python's, pyarrow's, pandas'
+        is_systems = isinstance(error, OSError) and error.errno is not None
+        if is_systems or (file.startswith("hf://") and not isinstance(error, ValueError)):
+            raise
+        reason = first_line(error)
+        if isinstance(error, ValueError) and suffix_of(file) not in ("", ".parquet", ".arrow"):
+            with _open(file) as opened:
+                lines = opened.read(BLOCK_BYTES).rpartition(b"\n")[0]
+            try:
+                decode_text(getattr(error, "object", lines), "this file")
+            except ValueError as encoding:
+                reason = str(encoding)
+        raise ValueError(f"{file}: {reason}") from error
+
+
+# ---- the embedded corpus -------------------------------------------------------------------------
+
+
+@functools.cache
+def stdlib_documents() -> list[str]:
+    """The manual pages of `pydoc_data` and every docstring of the standard library's modules."""
+    from pydoc_data.topics import topics
+
+    name_of = {text: topic for topic, text in topics.items()}  # keyed by text: no duplicates
+
+    def add(node: Any, name: str) -> None:
+        text = ast.get_docstring(node)
+        if text:
+            name_of.setdefault(text, name)
+        for child in node.body:
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                add(child, f"{name}.{child.name}")
+
+    # The modules are parsed and not imported, since importing some of them has effects.
+    root = Path(sysconfig.get_path("stdlib"))
+    # What users installed is not Python's, and some installations come without the tests.
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        source = path.read_bytes()
+        if left_out.isdisjoint(parts) and b'"""' in source:
+            add(ast.parse(source), ".".join(parts).removesuffix(".__init__"))
+    documents = [f"{name}\n{text}" for text, name in name_of.items()]
+    # In the order of a hash, so that every shard is the same mixture of pages and docstrings.
+    return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
