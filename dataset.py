@@ -208,6 +208,7 @@ def tokenize(pieces: list[Piece], start: list[int], workers: int) -> Iterator[Ba
     numbers = iter(range(start[0], len(pieces)))
     reading = deque(map(begin, itertools.islice(numbers, 2 * workers + 4)))
     try:
+        tokenizer.result()  # its error, rather than that of a thread that could not begin
         while reading:
             batches, future = reading.popleft()
             while encoded := future.result():

@@ -70,20 +70,29 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process of its own, which has a GPU's memory and a compiler to itself."""
-    path = os.pathsep.join(filter(None, PATHS))
-    env = {**os.environ, "PYTHONPATH": path, **environment}
+def run(command: list[str], cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, which has a GPU's memory and a compiler to itself.
+
+    ``cache`` is where compiled kernels go and come from instead of the user's own cache.
+    """
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
+    if cache is not None:
+        env |= {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, *command]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 
 def train(
-    data: Path, log: Path, *flags: str, call: str = "train.main()", code: int = 0, **env: str
+    data: Path,
+    log: Path,
+    *flags: str,
+    call: str = "train.main()",
+    code: int = 0,
+    cache: Path | None = None,
 ) -> None:
     """Run train.py by the statement ``call``; it must end with this exit code."""
     folders = [f"--data-dir={data}", f"--log-dir={log}"]
-    done = run(["-c", TRAIN.format(call), *folders, "--device", DEVICE, *flags], **env)
+    done = run(["-c", TRAIN.format(call), *folders, "--device", DEVICE, *flags], cache)
     assert done.returncode == code, done.stdout + done.stderr
 
 
@@ -164,9 +173,7 @@ def assert_same_run(log: Path, other: Path) -> None:
 def test_a_deterministic_run_repeats_to_the_same_bits_with_a_cold_compile_cache(
     data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    cache = str(tmp_path / "cache")
-    environment = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
-    train(data, tmp_path / "log", *RUN, **environment)
+    train(data, tmp_path / "log", *RUN, cache=tmp_path / "cache")
     assert not ON_CUDA or any((tmp_path / "cache").rglob("*.*"))  # it was compiled again
     assert_same_run(undisturbed, tmp_path / "log")
 
