@@ -134,26 +134,35 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Update all parameters and their state, or nothing of it if ``found_inf`` is 1."""
         self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.adamw.step()
-        skip = self.found_inf > 0  # on the device: to read it here would wait for the GPU
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for weight in self.param_groups[0]["params"]:
+            by_shape.setdefault(weight.shape, []).append(weight)
+        for weights in by_shape.values():
+            self._update(weights)
+
+    def _update(self, weights: list[Tensor]) -> None:
+        """Muon's update of weights of one shape, all layers' at once: a GPU waits for launches."""
         group = self.param_groups[0]
-        for weight in group["params"]:
-            rows, columns = weight.shape
-            state = self.state[weight]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-            buffer = state["momentum_buffer"]
-            momentum = buffer.lerp(weight.grad, 1 - group["momentum"])
-            update = weight.grad.lerp(momentum, group["momentum"])  # Nesterov's
-            # c_attn (3C, C) is three matrices: query, key and value, each to be made orthogonal.
-            matrices = update.view(-1, columns, columns) if rows == 3 * columns else update
-            update = orthogonalize(matrices.to(self.dtype)).reshape(rows, columns)
-            # The entries of an orthogonal matrix have a root mean square of 1 / sqrt(longer side),
-            # AdamW's updates one of about 0.2 at a learning rate of 1.
-            size = 0.2 * math.sqrt(max(matrices.shape[-2:]))
-            new = weight * (1 - group["lr"] * group["weight_decay"])
-            new.sub_(update, alpha=group["lr"] * size)
-            buffer.copy_(torch.where(skip, buffer, momentum))
-            weight.copy_(torch.where(skip, weight, new))
+        rows, columns = weights[0].shape
+        for new_weight in (w for w in weights if not self.state[w]):
+            self.state[new_weight]["momentum_buffer"] = torch.zeros_like(new_weight)
+        buffers = [self.state[w]["momentum_buffer"] for w in weights]
+        weight = torch.stack(weights)  # (layers, rows, columns)
+        buffer = torch.stack(buffers)
+        gradient = torch.stack([w.grad for w in weights if w.grad is not None])  # all have one
+        momentum = buffer.lerp(gradient, 1 - group["momentum"])
+        update = gradient.lerp(momentum, group["momentum"])  # Nesterov's
+        # c_attn (3C, C) is three matrices: query, key and value, each to be made orthogonal.
+        matrices = update.view(-1, columns, columns) if rows == 3 * columns else update
+        update = orthogonalize(matrices.to(self.dtype)).view_as(weight)
+        # The entries of an orthogonal matrix have a root mean square of 1 / sqrt(longer side),
+        # AdamW's updates one of about 0.2 at a learning rate of 1.
+        size = 0.2 * math.sqrt(max(matrices.shape[-2:]))
+        new = weight * (1 - group["lr"] * group["weight_decay"])
+        new.sub_(update, alpha=group["lr"] * size)
+        skip = self.found_inf > 0  # on the device: to read it here would wait for the GPU
+        torch._foreach_copy_(buffers, list(torch.where(skip, buffer, momentum)))
+        torch._foreach_copy_(weights, list(torch.where(skip, weight, new)))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
