@@ -1,4 +1,4 @@
-"""Train GPT-2 on shards of tokens: on one device, or under torchrun on many, with equal results.
+"""Train GPT-2 on shards of tokens: on one device, or under torchrun on many, with the same results.
 
     torchrun --standalone --nproc_per_node=8 train.py        the default run: 124M, 10B tokens
     python train.py --preset quickstart                      minutes on a CPU, nothing downloaded
@@ -6,8 +6,8 @@
     python train.py --resume                                 continue from the newest checkpoint
 
 Everything is written to --log-dir: metrics.jsonl, plot.png and checkpoints, which are Hugging Face
-models. Steps count from 0: step s follows s optimizer updates, and its logged loss is that of the
-weights before its own update.
+models. Steps count from 0: at step s the weights have had s updates, and the loss that is logged
+for it is measured before the next one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -37,7 +38,13 @@ from data_loader import StepLayout, TokenDataset, TokenLoader, ignored_files
 from eval import SamplingOptions, encode_prompt, generate, validation_loss
 from gptxs import checkpoint, hf, metrics, shards
 from gptxs.cli import exit_with_one_line, first_line, number_problems, parse
-from gptxs.compiler import compile_model, compiler_problem, is_compile_error, profile_steps
+from gptxs.compiler import (
+    FIRST_TRACED_STEP,
+    compile_model,
+    compiler_problem,
+    explain,
+    profile_steps,
+)
 from gptxs.distributed import DistInfo, DtypeName, StopSignal, choose_dtype, wrap_ddp
 from gptxs.files import lock_folder
 from gptxs.metrics import MetricsLogger, StepStats
@@ -152,7 +159,7 @@ class TrainConfig:
         """One message for each problem of these settings with ``world_size`` processes."""
         problems = number_problems(self, at_least_one=("batch_tokens", "micro_batch", "max_steps"))
         problems += self.model.validate()
-        if problems:  # the rest needs numbers that are ones
+        if problems:  # the checks below need valid numbers
             return problems
         context = self.model.context_length
         micro_step_tokens = self.micro_batch * context * world_size  # over all processes
@@ -178,10 +185,10 @@ class TrainConfig:
                 problems.append(f"--{package} needs a package: pip install {package}")
         return problems
 
-    def idle(self, world_size: int) -> list[str]:
-        """The options that differ from the preset's and do nothing beside the others."""
+    def unused_options(self, world_size: int) -> list[str]:
+        """The options that differ from the preset's but have no effect beside the others."""
         preset = PRESETS[self.preset]
-        off = {
+        unused = {
             "muon_lr_scale": self.optimizer != "muon",
             "cooldown": self.schedule != "wsd",
             "val_tokens": self.val_every == 0,
@@ -189,9 +196,9 @@ class TrainConfig:
             "sample_prompt": self.sample_every == 0,
             "keep_checkpoints": self.checkpoint_every == 0,
             "bf16_grads": world_size == 1,
-            "profile": 0 < self.max_steps < 5,
+            "profile": self.max_steps < FIRST_TRACED_STEP,
         }
-        return [n for n in off if off[n] and getattr(self, n) != getattr(preset, n)]
+        return [n for n in unused if unused[n] and getattr(self, n) != getattr(preset, n)]
 
 
 QUICKSTART = TrainConfig(
@@ -252,8 +259,8 @@ class Progress:
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=128))  # the newest ones
     stop: bool = False  # a rank was asked to end the run; not kept
 
-    def update(self, steps: list[StepStats]) -> None:
-        """Take note of steps whose numbers have arrived."""
+    def note(self, steps: list[StepStats]) -> None:
+        """Count what the numbers of steps say that have arrived."""
         for stats in steps:
             self.stop = self.stop or stats.stop
             if not stats.overflow:  # fp16's next loss scale is half of this one
@@ -264,16 +271,18 @@ class Progress:
 
 
 def prepare(config: TrainConfig) -> None:
-    """Refuse a log folder that holds a run; write the quickstart's shards if they are missing."""
+    """Refuse a log folder that holds a run; write the quickstart's shards if there are none."""
     if not config.resume and checkpoint.contains_run(config.log_dir):
         raise ValueError(
             f"{config.log_dir} contains a run; continue it with --resume or give another --log-dir"
         )
-    if config.preset == "quickstart":  # what a killed process has begun is continued
-        source = dataset.DatasetConfig(
-            source=("stdlib",), data_dir=config.data_dir, shard_size=50_000
-        )
-        dataset.prepare(source)
+    if config.preset == "quickstart":
+        index = shards.ShardIndex.read(config.data_dir)
+        killed = index is not None and not index.complete
+        if killed or not any(config.data_dir.glob("*val*")):
+            dataset.prepare(
+                dataset.DatasetConfig(("stdlib",), data_dir=config.data_dir, shard_size=50_000)
+            )
 
 
 def load_hellaswag(config: TrainConfig) -> tuple[hellaswag.Example, ...]:
@@ -327,12 +336,11 @@ def train(
     device = dist_info.device
     if problems := config.validate(world_size):
         raise ValueError("; ".join(problems))
-    # Closed at the end, also after an error: a notebook keeps the error and all that it has seen.
+    # Closed after an error too: in a notebook its traceback would hold the lock and the threads.
     with contextlib.ExitStack() as stack:
         if rank == 0:
             stack.callback(lock_folder(config.log_dir, flag="--log-dir").release)
-            prepare(config)
-        # The other ranks wait here for the first.
+        dist_info.on_rank_0(lambda: prepare(config))
         facts = {k: v for k, v in asdict(config).items() if k not in LOCAL_SETTINGS}
         dtype = choose_dtype(config.dtype, device)
         dist_info.require_equal({**facts, "dtype": dtype})  # "auto" depends on the hardware
@@ -367,8 +375,8 @@ def train(
         optimizer = build_optimizer(
             model, config.weight_decay, config.optimizer, muon_lr_scale=config.muon_lr_scale
         )
-        # Gradients too small for fp16 would be 0: they are those of the loss times a scale, which
-        # halves when one is too large and doubles after 2,000 steps without.
+        # fp16 rounds small gradients to 0, so the loss is scaled up. The scale halves when one
+        # overflows, and doubles after 2,000 steps without.
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
         # ---- resume
@@ -376,7 +384,9 @@ def train(
         settings = json.loads(json.dumps(asdict(config), default=str))
         settings |= {"data": fingerprint, "init_sha256": None}
         progress = Progress()
-        notes = [f"{name} has no effect beside the others" for name in config.idle(world_size)]
+        notes = [
+            f"{name} has no effect beside the others" for name in config.unused_options(world_size)
+        ]
         ignored = ignored_files(config.data_dir, train_data, val_data)
         if ignored:
             notes.append(f"left out, as index.json does not list them: {', '.join(ignored)}")
@@ -406,7 +416,7 @@ def train(
             notes.append(f"starting from the weights of {source}, SHA-256 {sha256}")
 
         # ---- compile and DDP
-        # The same weights, wrapped for training. Evaluations, samples and checkpoints use the plain
+        # The same weights, wrapped for training. Samples, HellaSwag and checkpoints use the plain
         # module: their shapes vary, and its state_dict keys have no wrapper's prefix.
         training_model: torch.nn.Module = model
         ddp = None
@@ -451,6 +461,7 @@ def train(
             "init_from": settings["init_from"],
             "init_sha256": settings["init_sha256"],
         }
+        stack.callback(logger.close)
         logger.start(progress.step, started, tensorboard=config.tensorboard, wandb=config.wandb)
         for note in notes:
             logger.print(note)
@@ -482,13 +493,12 @@ def train(
             return every > 0 and (progress.step % every == 0 or progress.step == config.max_steps)
 
         stop_signal = stack.enter_context(StopSignal())
-        stack.callback(logger.close)
         stack.callback(report_checkpoint, wait=True)  # after an error it is what a resume needs
         batches = layout.batches(len(train_data), config.seed, config.shuffle, progress.step)
         # Three steps ahead, to ride out short stalls of the disk.
         loader = TokenLoader(train_data, batches, device, prefetch=3 * micro_steps)
         stack.callback(loader.close)
-        stack.callback(gc.unfreeze)  # see below
+        stack.callback(gc.unfreeze)  # undoes the gc.freeze() of the loop
         profiler = None
         if config.profile:
             trace = config.log_dir / f"trace_rank{rank}.json"
@@ -496,12 +506,18 @@ def train(
 
         while True:
             # ---- what is due before this step
-            every = (config.checkpoint_every, config.val_every, config.hellaswag_every)
+            intervals = (config.checkpoint_every, config.val_every, config.hellaswag_every)
             ending = progress.stop or progress.step >= config.max_steps
-            if ending or any(is_due(n) for n in (*every, config.sample_every)):
-                progress.update(logger.flush())  # the numbers of all steps before this one
-            ending = ending or progress.stop
+            if ending or any(is_due(every) for every in (*intervals, config.sample_every)):
+                progress.note(logger.flush())  # the numbers of all steps before this one
+                ending = ending or progress.stop
             report_checkpoint()
+            if progress.skipped >= MAX_SKIPPED:
+                report_checkpoint(wait=True)
+                newest = next(iter(checkpoint.list_checkpoints(config.log_dir)), "none")
+                raise FloatingPointError(
+                    f"{MAX_SKIPPED} gradients in a row were not finite; last checkpoint: {newest}"
+                )
             # The checkpoint first, so that no failure of the others can cost these steps, nor a
             # signal that comes during them. A run that is resumed from it repeats the others.
             wanted = is_due(config.checkpoint_every) or (ending and config.checkpoint_every > 0)
@@ -540,7 +556,7 @@ def train(
                         model, examples, device, rank=rank, world_size=world_size, dtype=dtype
                     )
                     row.update(hellaswag.summarize(examples, predictions))
-            has_begun = progress.step > 0 or config.init_from is not None
+            has_begun = progress.step > 0 or settings["init_from"] is not None
             if is_due(config.sample_every) and rank == 0 and has_begun:
                 with logger.timed("sample", progress.step) as row:
                     text = sample(model, prompt, config.seed, dtype)
@@ -571,7 +587,7 @@ def train(
                 stats /= world_size
 
             # ---- clip, set the learning rate, update
-            loss_scale = scaler.scale(torch.ones_like(loss_sum))  # 1 but in fp16
+            loss_scale = scaler.scale(torch.ones_like(loss_sum))  # 1 except in fp16
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             # The optimizer skips the update on the device if this is 1, so the host need not read
@@ -581,7 +597,7 @@ def train(
             lr = learning_rate(progress.step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
-            # MPS's fused AdamW looked at found_inf only from torch 2.13 on (pytorch#186360).
+            # MPS's fused AdamW ignored found_inf before torch 2.13 (pytorch#186360).
             if device.type != "mps" or bool(torch.isfinite(norm)):
                 scaler.step(optimizer)
             scaler.update()
@@ -590,13 +606,7 @@ def train(
 
             # ---- log
             stats = torch.cat((stats, torch.stack((norm, loss_scale))))  # [loss, stop, norm, scale]
-            progress.update(logger.log_step(progress.step - 1, lr, stats))
-            if progress.skipped >= MAX_SKIPPED:
-                report_checkpoint(wait=True)
-                newest = next(iter(checkpoint.list_checkpoints(config.log_dir)), "none")
-                raise FloatingPointError(
-                    f"{MAX_SKIPPED} gradients in a row were not finite; last checkpoint: {newest}"
-                )
+            progress.note(logger.log_step(progress.step - 1, lr, stats))
             if progress.step == first_step + 1:
                 dist_info.limit_waits()
             if profiler is not None:
@@ -624,9 +634,9 @@ def report_end(config: TrainConfig, progress: Progress, logger: MetricsLogger, b
         return
     try:
         plot.plot_run(log_dir)
+        logger.print(f"done: metrics.jsonl, plot.png and report.md are in {log_dir}/")
     except Exception as error:  # whatever it is: a run never fails because its picture does
-        logger.print(f"no plot: {first_line(error)}")
-    logger.print(f"done: metrics.jsonl, plot.png and report.md are in {log_dir}/")
+        logger.print(f"done, but no plot: {first_line(error)}")
     if saved:
         logger.print(
             f'now try\npython eval.py --checkpoint {log_dir} --prompt "{config.sample_prompt}"'
@@ -636,10 +646,11 @@ def report_end(config: TrainConfig, progress: Progress, logger: MetricsLogger, b
 # ---- command line --------------------------------------------------------------------------------
 
 
-def initial_shape(config: TrainConfig) -> GPTConfig:
+def initial_shape(config: TrainConfig, given: set[str]) -> GPTConfig:
     """The shape of the model that a run starts from, maybe with a shorter context.
 
-    Raises ValueError that names the --model flags that contradict it.
+    ``given`` are the fields that the user's --model flags set. Raises ValueError that names those
+    that contradict it.
     """
     source = config.init_from
     if config.resume and checkpoint.list_checkpoints(config.log_dir):
@@ -654,9 +665,8 @@ def initial_shape(config: TrainConfig) -> GPTConfig:
     if config.preset == "finetune":
         context_length = min(context_length, FINETUNE_CONTEXT)
     problems = []
-    for name, value in asdict(config.model).items():
-        if value == getattr(PRESETS[config.preset].model, name):
-            continue  # not given by the user
+    for name in given:
+        value = getattr(config.model, name)
         if name == "context_length":
             context_length = value
         elif value != getattr(shape, name):
@@ -677,25 +687,17 @@ def main(on_step: Callable[[Progress, GPT], None] | None = None) -> None:
         preset = PRESETS.get(name, PRESETS["gpt-xs"])
         config = parse(TrainConfig, description=__doc__, default=preset)
         dist_info = DistInfo.initialize(config.device)
-        # Before a step that not all ranks would take, and in which the others wait for them.
+        # If the ranks disagreed on the next line, some would wait there for the others.
         dist_info.require_equal({"preset": config.preset, "init_from": config.init_from})
         if config.init_from is not None or config.preset == "finetune":
-            shape = dist_info.on_rank_0(lambda: initial_shape(config))
+            flags = [word for word in sys.argv if word.startswith("--model.")]
+            given = {flag[8:].split("=")[0].replace("-", "_") for flag in flags}
+            shape = dist_info.on_rank_0(lambda: initial_shape(config, given))
             config = replace(config, model=shape)
         try:
             train(config, dist_info, on_step)
-        except torch.OutOfMemoryError as error:
-            smaller = config.micro_batch // 2 or "--recompute 1"
-            raise MemoryError(
-                f"out of GPU memory at --micro-batch {config.micro_batch}; use {smaller}"
-            ) from error
         except RuntimeError as error:
-            if not is_compile_error(error):
-                raise
-            raise RuntimeError(
-                f"torch.compile failed ({first_line(error)}): train with --no-compile, or give"
-                " TORCHINDUCTOR_CACHE_DIR and TMPDIR a folder with space"
-            ) from error
+            raise explain(error, config.micro_batch) from error
         # Reached only after success: after an error NCCL would wait here for the other ranks.
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,7 +1,8 @@
-"""torch.compile for the training step, and the profiler that shows what it has made."""
+"""torch.compile for the training step, the profiler, and what to do when a GPU cannot go on."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,15 +40,28 @@ def compile_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Modu
     torch._functorch.config.activation_memory_budget = 0.95 if device.type == "cpu" else 1.0
     # Otherwise Inductor chooses between kernels by their time, and they add in different orders.
     inductor.deterministic = torch.are_deterministic_algorithms_enabled()
+    # DDP's forward has a mark for the profiler, of which every rank would say that it is ignored.
+    logging.getLogger("torch._dynamo.variables.ctx_manager").setLevel(logging.ERROR)
     # Compiling the DDP wrapper, not the module in it, splits the graph at its buckets, so that the
     # all-reduce of the last layers' gradients overlaps the backward pass of the first.
     return torch.compile(model, dynamic=False)  # type: ignore[return-value]  # typed as a callable
 
 
-def is_compile_error(error: Exception) -> bool:
-    """Whether a backend has failed after the probe, such as by a full temporary folder."""
+def explain(error: RuntimeError, micro_batch: int) -> Exception:
+    """An error of a run with its remedy, where it is the GPU's memory or the compiler that failed.
+
+    A backend may fail after the probe: a full temporary folder, a kernel that does not build.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        remedy = f"--micro-batch {micro_batch // 2}" if micro_batch > 1 else "--recompute 1"
+        return MemoryError(f"out of GPU memory at --micro-batch {micro_batch}; use {remedy}")
     dynamo = sys.modules.get("torch._dynamo.exc")  # which takes seconds to import
-    return dynamo is not None and isinstance(error, dynamo.TorchDynamoException)
+    if dynamo is not None and isinstance(error, dynamo.TorchDynamoException):
+        return RuntimeError(
+            f"torch.compile failed ({first_line(error)}): train with --no-compile, or give"
+            " TORCHINDUCTOR_CACHE_DIR and TMPDIR a folder with space"
+        )
+    return error
 
 
 @contextmanager

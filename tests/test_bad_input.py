@@ -275,7 +275,7 @@ def test_a_gpu_that_is_too_small_is_told_a_micro_batch_that_may_fit(
 
 def test_every_preset_is_valid() -> None:
     for preset in train.PRESETS.values():
-        assert preset.validate(world_size=1) == preset.idle(world_size=1) == []
+        assert preset.validate(world_size=1) == preset.unused_options(world_size=1) == []
 
 
 # ---- flipped bits --------------------------------------------------------------------------------

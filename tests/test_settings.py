@@ -46,7 +46,7 @@ def test_options_without_effect_are_named(folder: Path) -> None:
     }
     off = {"max_steps": 4, "val_every": 0, "hellaswag_every": 0, "sample_every": 0}
     config = dataclasses.replace(train.TrainConfig(), checkpoint_every=0, **off, **settings)
-    assert config.idle(world_size=1) == list(settings)
+    assert config.unused_options(world_size=1) == list(settings)
     out = run_well(folder, "--bf16-grads", "--cooldown", "0.3", "--max-steps", "5")
     assert re.findall(r"(\w+) has no effect", out) == ["cooldown", "bf16_grads"]
 
