@@ -73,9 +73,9 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_heads = config.n_heads
-        # The longest T for which compiled bf16 on a CPU uses blocked_attention; 0: never. The
-        # probabilities that it saves are more than half of a (T, T) matrix for each head. At 1024,
-        # and in fp32, torch's kernel is as fast.
+        # The longest T for which compiled bf16 on a CPU uses blocked_attention; 0: never. It keeps
+        # the probabilities for the backward pass: more than half a (T, T) matrix for each head. At
+        # 1024, and in fp32, torch's kernel is as fast.
         self.blocked_tokens = 512
         # Query, key and value of all heads in one matrix.
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
@@ -89,18 +89,19 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.update(k, v)  # (B, H, tokens, D) each
+        plain = mask is None and cache is None
         compiled_on_cpu = x.device.type == "cpu" and torch.compiler.is_compiling()
         bf16 = q.dtype == torch.bfloat16
-        if compiled_on_cpu and bf16 and mask is None and self.blocked_tokens >= T:
-            # Copies, since nested_compile_region rejects inputs that are views of one tensor.
-            q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
+        if compiled_on_cpu and bf16 and plain and self.blocked_tokens >= T:
+            # Copies: blocked_attention is compiled apart, which rejects views of one tensor.
+            q, k, v = (t.flatten(0, 1).contiguous() for t in (q, k, v))
             y = blocked_attention(q, k, v).view(B, self.n_heads, T, -1)
         else:
             # Fused attention where there is a kernel for it: never a (T, T) matrix in memory. No
             # backend is forced: torch 2.13 tries cuDNN first by itself on sm_9x and sm_10x with a
             # cuDNN above 9.15.0 (older ones fail at lengths that 128 does not divide,
             # pytorch#169849), and FlashAttention first elsewhere.
-            # A single token, whose cache holds all before it, may attend to all of them.
+            # A single query comes after all keys, those of the cache, and needs no mask.
             causal = mask is None and T > 1
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
@@ -157,7 +158,9 @@ class GPT(nn.Module):
         self.config = config
         # Rows whose logits exist at once in the loss; 0: all rows; None: by the device.
         self.loss_chunk_rows: int | None = None
-        # Blocks, from the first on, whose activations the backward pass computes again.
+        # Under autocast in bf16, keep the residual stream in bf16; False: in fp32.
+        self.bf16_residual = True
+        # How many blocks, from the first on, compute their activations again in the backward pass.
         self.recomputed_blocks = 0
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -213,6 +216,12 @@ class GPT(nn.Module):
             # is_causal would let the first of these tokens see only the first one in the cache.
             mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        device = x.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if self.bf16_residual and autocast == torch.bfloat16:
+            # Cast once: a GPU waits for memory wherever a block reads and writes an fp32 stream.
+            # llm.c does the same. Not in fp16, which the stream may overflow.
+            x = x.bfloat16()
         for i, block in enumerate(self.transformer.h):
             if i < self.recomputed_blocks and torch.is_grad_enabled():
                 # Only x is kept: without dropout there is no random state to restore.
