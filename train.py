@@ -426,9 +426,10 @@ def train(
         compiled = None
         # Not on mps, where compiled code may compute other numbers (pytorch#171764).
         if config.compile and device.type != "mps":
-            problem = compiler_problem(device)
             if device.type == "cpu" and steps_left < CPU_COMPILE_STEPS:
-                problem = f"fewer than {CPU_COMPILE_STEPS} steps do not recoup it on a CPU"
+                problem: str | None = f"fewer than {CPU_COMPILE_STEPS} steps do not recoup it"
+            else:
+                problem = compiler_problem(device)
             if problem is None:
                 training_model = compiled = compile_model(training_model, device)
             else:

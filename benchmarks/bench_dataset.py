@@ -36,7 +36,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dataset
-from gptxs.sources import stdlib_documents
+from gptxs.stdlib import stdlib_documents
 from gptxs.tokenizer import END_OF_TEXT, get_tokenizer
 
 SHARD_SIZE = 10_000_000

@@ -31,12 +31,15 @@ trap 'rm -rf "$work"' EXIT
 
 if [[ $device == cpu ]]; then
   patience=4 # a CPU may be busy
-  shape=(--device cpu --micro-batch "${micro_batch:-2}" --context-length 64 --size quickstart --no-compile)
+  shape=(--device cpu --micro-batch "${micro_batch:-2}" --context-length 128 --size quickstart
+    --no-compile)
   turns=(--turns --no-ceiling --rounds 1)
   headline='^ours$|^nanoGPT-style, fp32, eager$'
   options='^ours$|^all loss rows$'
   few_layers=(--layers 1)
-  evaluations=(--hellaswag-rows 8 --val-tokens 1024 --context-length 128)
+  evaluations=(--hellaswag-rows 8 --val-tokens 1024)
+  fp16=fp16_halves
+  resume=killed
 else
   patience=1
   shape=(--device "$device" --micro-batch "${micro_batch:-64}")
@@ -45,6 +48,8 @@ else
   options=
   few_layers=(--layers 2) # the compiler takes about as long as there are layers
   evaluations=(--hellaswag-rows 2510 --val-tokens 2621440) # a quarter of the default run's
+  fp16=fp16
+  resume=bits
 fi
 
 # part TITLE LIMIT COMMAND...: run a command for at most LIMIT seconds (on a CPU four times that);
@@ -111,15 +116,16 @@ commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
 # The limits are 600 s in all.
 if ! part "Machine" 25 "$python" "$work/machine.py" "$device"; then
-  echo "gpu_report.sh: not started; pip install -r requirements.txt -r tests/requirements.txt" >&2
+  echo "gpu_report.sh: not started, see above; what is missing comes with pip install -r" \
+    "requirements.txt -r tests/requirements.txt" >&2
   exit 2
 fi
 part "1. Ours and nanoGPT-style" 150 "${bench[@]}" --tables variants --only "$headline"
 part "2. A step by classes" 60 "${parts[@]}" --part profile
 part "3. Options" 110 "${bench[@]}" --tables options --only "$options" "${few_layers[@]}" --time-limit 80
 part "4. NCCL" 40 "${tests[@]}" "process_group"
-part "5. fp16" 50 "${tests[@]}" "fp16"
-part "6. Deterministic resume" 60 "${tests[@]}" "bits"
+part "5. fp16" 50 "${tests[@]}" "$fp16"
+part "6. Deterministic resume" 60 "${tests[@]}" "$resume"
 part "7. First step, cold and warm" 45 env TORCHINDUCTOR_CACHE_DIR="$work/cold" \
   TRITON_CACHE_DIR="$work/cold" bash -c '"$@" && "$@"' twice "${parts[@]}" "${few_layers[@]}" \
   --part first-step

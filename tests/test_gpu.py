@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hellaswag
 from eval import SamplingOptions, generate
 from gptxs.compiler import compile_model
-from gptxs.distributed import choose_device, choose_dtype, wrap_ddp
+from gptxs.distributed import choose_device, wrap_ddp
 from gptxs.metrics import read_rows
 from model import GPT, GPTConfig
 
@@ -104,19 +104,24 @@ def losses(log: Path) -> list[float]:
 # ---- the training step ---------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def exact(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of 20 steps in fp32, not compiled."""
+    log = tmp_path_factory.mktemp("exact")
+    train(data, log, *MODEL, *NOTHING_BUT_STEPS, "--max-steps=20", "--dtype=fp32", "--no-compile")
+    return losses(log)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_20_compiled_steps_have_the_losses_of_eager_fp32_ones(
-    dtype: str, data: Path, tmp_path: Path
+    dtype: str, exact: list[float], data: Path, tmp_path: Path
 ) -> None:
     if dtype == "bf16" and ON_CUDA and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this GPU has no bf16")
-    flags = (*MODEL, *NOTHING_BUT_STEPS, "--max-steps", "20")
-    train(data, tmp_path / "half", *flags, "--dtype", dtype, "--compile")
-    train(data, tmp_path / "fp32", *flags, "--dtype", "fp32", "--no-compile")
-    exact = losses(tmp_path / "fp32")
+    train(data, tmp_path, *MODEL, *NOTHING_BUT_STEPS, "--max-steps=20", f"--dtype={dtype}")
     assert len(exact) == 20
     assert exact[-1] < exact[0] - 0.1  # something was learned
-    assert losses(tmp_path / "half") == pytest.approx(exact, abs=2e-2)
+    assert losses(tmp_path) == pytest.approx(exact, abs=2e-2)
 
 
 def test_fp16_halves_a_scale_that_is_too_large_and_trains_on(data: Path, tmp_path: Path) -> None:
@@ -125,10 +130,11 @@ def test_fp16_halves_a_scale_that_is_too_large_and_trains_on(data: Path, tmp_pat
     flags = ("--max-steps", "30", "--dtype", "fp16", "--no-compile")
     train(data, tmp_path, *MODEL, *NOTHING_BUT_STEPS, *flags, call=too_large)
     rows = list(metrics(tmp_path, "train").values())
-    overflows = [row["step"] for row in rows if row.get("overflow")]
-    assert 0 < len(overflows) < 20
-    assert overflows == list(range(len(overflows)))  # until the scale fits
-    assert rows[-1]["loss_scale"] == 2.0 ** (30 - len(overflows))
+    overflows = [bool(row.get("overflow")) for row in rows]
+    assert overflows[0]
+    assert sum(overflows) < 20
+    for row, later, overflow in zip(rows, rows[1:], overflows, strict=False):
+        assert later["loss_scale"] == row["loss_scale"] / (2 if overflow else 1)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.05
 
 
@@ -262,7 +268,6 @@ def test_a_process_group_of_one_passes_objects_and_adds_up_the_plain_models_grad
     model = GPT(GPTConfig(d_model=128, n_heads=2, n_layers=2, context_length=64, vocab_size=512))
     model.to(device)
     steps = torch.randint(512, (2, 3, 4, 65), device=device)  # 2 steps of 3 micro-batches (4, 65)
-    dtype = choose_dtype("auto", device)
     ddp = wrap_ddp(model, device, bf16_grads=False)
     compiled = compile_model(ddp, device) if ON_CUDA else ddp  # a CPU compiles for a minute
     for step in steps:
@@ -270,12 +275,11 @@ def test_a_process_group_of_one_passes_objects_and_adds_up_the_plain_models_grad
         for training_model in (model, compiled):
             for i, windows in enumerate(step):
                 ddp.require_backward_grad_sync = i == len(step) - 1
-                with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
-                    training_model(windows[:, :-1], windows[:, 1:]).backward()
+                training_model(windows[:, :-1], windows[:, 1:]).backward()
             gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
             model.zero_grad(set_to_none=True)
         for plain, ours in zip(*gradients, strict=True):
-            assert float((ours - plain).norm() / plain.norm()) < 2e-2
+            assert float((ours - plain).norm() / plain.norm()) < 1e-4
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

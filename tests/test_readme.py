@@ -33,7 +33,9 @@ OTHER_FLAGS = set(
     "--standalone --nnodes --node_rank --nproc_per_node --rdzv-endpoint --rdzv-backend --rdzv-id"
     " --max-restarts --shutdown-timeout --nodes --ntasks-per-node --gpus-per-node --time --signal"
     " --index-url --repo-type --include --local-dir --logdir --model --model_args --tasks --outfile"
-    " --temp --max-tokens --prompt --output_dir --quantization --help".split()
+    " --temp --max-tokens --prompt --output_dir --quantization --help --outtype --predict"
+    " --cache-type-k --cache-type-v --flash-attn --no-conversation --no-display-prompt"
+    " --no-escape".split()
 )
 # A shorter run of a smaller model by the same commands: the quickstart takes minutes.
 FEWER_STEPS = (
