@@ -27,36 +27,36 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tiktoken
 import tyro
 
 from gptxs.cli import exit_with_one_line, first_line, number_problems, parse
-from gptxs.files import atomic_write, lock_folder, sha256
-from gptxs.shards import ShardIndex, ShardRecord, read_header, shard_name
+from gptxs.files import lock_folder, sha256
+from gptxs.shards import ShardIndex, read_header, save_shard, shard_name
 from gptxs.sources import (
-    TEXT_SUFFIXES,
     Continuation,
     Piece,
+    has_columns,
     hub_files,
     is_on_hub,
     local_files,
     naming,
     open_files,
-    stdlib_documents,
-    suffix_of,
 )
+from gptxs.stdlib import stdlib_documents
 from gptxs.tokenizer import DELIMITER, END_OF_TEXT, VOCAB_SIZE, encode_documents, get_tokenizer
 
 # What shards are called; those of other sources are "text".
 PREFIXES: dict[tuple[str, ...], str] = {("fineweb-edu",): "edufineweb", ("stdlib",): "stdlib"}
-# Of text, for one call of the tokenizer: enough to hide the cost of the call, and few enough to
-# have hundreds of them in memory.
+# Characters per call of the tokenizer: enough to hide the cost of a call, few enough to have
+# hundreds of such batches in memory.
 BATCH_CHARS = 1 << 18
 SHARD_SIZE = 100_000_000
-CONTEXT_LENGTH = 512  # of the default run: small shards are made to hold whole windows of it
+# Of the default run. Small shards hold a multiple of it, and the token that follows: whole windows.
+CONTEXT_LENGTH = 512
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -92,7 +92,8 @@ class DatasetConfig:
     def validate(self) -> list[str]:
         """Every problem of these options, one message each."""
         problems = number_problems(self, at_least_one=("shard_size", "max_tokens", "workers"))
-        if self.verify and (self.source or self.shard_size or self.max_tokens):
+        only = DatasetConfig(data_dir=self.data_dir, workers=self.workers, verify=True)
+        if self.verify and self != only:
             problems.append("--verify checks what is in --data-dir; leave out the other flags")
         for flag in ("name", "split", "revision"):
             if getattr(self, flag) and not any(map(is_on_hub, self.sources)):
@@ -118,7 +119,7 @@ def open_source(config: DatasetConfig, revision: str | None) -> tuple[str, list[
     pieces: list[Piece] = []
     empty = 0
     pins = revision.split("+") if revision else [None] * len(config.sources)
-    for source, pin in zip(config.sources, pins, strict=False):
+    for source, pin in zip(config.sources, pins, strict=True):
         if source == "stdlib":
             documents = stdlib_documents()
             pinned = hashlib.sha256(DELIMITER.join(documents).encode()).hexdigest()
@@ -132,7 +133,7 @@ def open_source(config: DatasetConfig, revision: str | None) -> tuple[str, list[
             pieces += open_files(files, config.column)
             empty += len(found) - len(files)
         revisions.append(pinned)
-    if config.column != "text" and all(suffix_of(p.file) in ("", *TEXT_SUFFIXES) for p in pieces):
+    if config.column != "text" and pieces and not any(has_columns(p.file) for p in pieces):
         raise ValueError(f"--column {config.column}: this source has no columns")
     return "+".join(revisions), pieces, empty
 
@@ -156,8 +157,8 @@ class Batch:
         parts = iter(np.split(joined, np.flatnonzero(joined == END_OF_TEXT)))
         empty = next(parts)  # what is before the first document
         for text in self.texts:
-            begin = isinstance(text, Continuation)  # without <|endoftext|>
-            self.tokens.append(next(parts)[begin:] if text else empty)
+            skipped = 1 if isinstance(text, Continuation) else 0  # its <|endoftext|>
+            self.tokens.append(next(parts)[skipped:] if text else empty)
         self.delimiters = sum(DELIMITER in text for text in texts)
         self.texts = []
 
@@ -177,36 +178,47 @@ def read_batches(piece: Piece, number: int, first: int) -> Iterator[Batch]:
     yield Batch(number, first, texts, [])
 
 
-def tokenize(pieces: list[Piece], start: list[int], workers: int) -> Iterator[Batch]:
-    """The batches of all rows from ``start`` (piece, row, ...) on, in order, with their tokens."""
+class Position(NamedTuple):
+    """A place in a source, which index.json has for the end of each shard."""
+
+    piece: int
+    row: int  # in the piece
+    used: int  # tokens of that row that are in shards
+    empty: int  # documents without text before it
+
+
+def tokenize(pieces: list[Piece], start: Position, workers: int) -> Iterator[Batch]:
+    """The batches of all rows from ``start`` on, in order, with their tokens."""
     # Threads and not processes: decompressing, the network and tiktoken all release Python's lock,
     # and the tokens need not be copied from one process to another.
     readers = ThreadPoolExecutor(2 * workers)
     tokenizer = readers.submit(get_tokenizer)  # while the others read
     thread = threading.local()
 
-    def begin_thread() -> None:
-        # A copy for each thread: a regular expression has one fast cache, that of the first thread.
+    def copy_tokenizer() -> None:
+        # Threads need not wait for each other: an Encoding has one cache, which one thread uses.
         thread.tokenizer = copy.copy(tokenizer.result())
 
-    encoders = ThreadPoolExecutor(workers, initializer=begin_thread)
+    encoders = ThreadPoolExecutor(workers, initializer=copy_tokenizer)
+    # What is read ahead is bounded, however many cores there are.
+    pieces_at_once = min(2 * workers + 4, 64)
+    batches_at_once = min(workers + 8, 32)  # of each of these pieces
 
     def encode(batch: Batch) -> Batch:
         batch.encode(thread.tokenizer)
         return batch
 
     def read_some(batches: Iterator[Batch]) -> list[Future[Batch]]:
-        some = itertools.islice(batches, workers + 8)
+        some = itertools.islice(batches, batches_at_once)
         return [encoders.submit(encode, batch) for batch in some]
 
-    def begin(number: int) -> tuple[Iterator[Batch], Future[list[Future[Batch]]]]:
-        first = start[1] if number == start[0] else 0
+    def open_piece(number: int) -> tuple[Iterator[Batch], Future[list[Future[Batch]]]]:
+        first = start.row if number == start.piece else 0
         batches = read_batches(pieces[number], number, first)
         return batches, readers.submit(read_some, batches)
 
-    # In memory are some batches of each of these pieces.
-    numbers = iter(range(start[0], len(pieces)))
-    reading = deque(map(begin, itertools.islice(numbers, 2 * workers + 4)))
+    numbers = iter(range(start.piece, len(pieces)))
+    reading = deque(map(open_piece, itertools.islice(numbers, pieces_at_once)))
     try:
         tokenizer.result()  # its error, rather than that of a thread that could not begin
         while reading:
@@ -215,10 +227,10 @@ def tokenize(pieces: list[Piece], start: list[int], workers: int) -> Iterator[Ba
                 future = readers.submit(read_some, batches)  # while these are tokenized
                 for batch in encoded:
                     yield batch.result()
-            reading.extend(map(begin, itertools.islice(numbers, 1)))
+            reading.extend(map(open_piece, itertools.islice(numbers, 1)))
     finally:
         # After an error, or when the caller has enough. Arrow's threads abort a process that ends
-        # while they read, so a reader is waited for, but by nobody who has pressed Ctrl-C.
+        # while they read, so wait for the readers, except after Ctrl-C.
         encoders.shutdown(wait=False, cancel_futures=True)
         is_interrupt = isinstance(sys.exception(), KeyboardInterrupt)
         readers.shutdown(wait=not is_interrupt, cancel_futures=True)
@@ -228,28 +240,28 @@ def tokenize(pieces: list[Piece], start: list[int], workers: int) -> Iterator[Ba
 
 
 def cut(
-    batches: Iterable[Batch], shard_size: int, max_tokens: int, position: list[int]
-) -> Iterator[tuple[np.ndarray, list[int]]]:
+    batches: Iterable[Batch], shard_size: int, max_tokens: int, position: Position
+) -> Iterator[tuple[np.ndarray, Position]]:
     """The tokens (n,) uint16 of each shard, and the position in the source after them.
 
-    A position is the piece, the row in it, how many tokens of that row are used, and the number of
-    empty documents before it; ``position`` is where the batches begin. All shards have
-    ``shard_size`` tokens but the last. At the end come no tokens, and all empty documents.
+    ``position`` is where the batches begin. All shards have ``shard_size`` tokens but the last. At
+    the end come no tokens, and the number of all empty documents.
     """
     parts: list[np.ndarray] = []
     filled = 0
-    *_, used, empty = position
+    used, empty = position.used, position.empty
     rows = ((batch.piece, row) for batch in batches for row in enumerate(batch.tokens, batch.first))
     for piece, (row, tokens) in rows:
         empty += len(tokens) == 0
         while used < len(tokens) and max_tokens > 0:
-            parts.append(tokens[used : used + min(shard_size - filled, max_tokens)])
-            used += len(parts[-1])
-            filled += len(parts[-1])
-            max_tokens -= len(parts[-1])
-            position = [piece, row, used, empty]
+            part = tokens[used : used + min(shard_size - filled, max_tokens)]
+            parts.append(part)
+            used += len(part)
+            filled += len(part)
+            max_tokens -= len(part)
+            position = Position(piece, row, used, empty)
             if used == len(tokens):
-                position = [piece, row + 1, 0, empty]
+                position = Position(piece, row + 1, 0, empty)
             if filled == shard_size:
                 yield np.concatenate(parts), position
                 parts, filled = [], 0
@@ -258,15 +270,14 @@ def cut(
             break
     if parts:
         yield np.concatenate(parts), position
-    yield np.empty(0, np.uint16), [*position[:3], empty]
+    yield np.empty(0, np.uint16), position._replace(empty=empty)
 
 
 def choose_shard_size(tokens: int) -> int:
-    """About a tenth of all tokens, in whole windows of 1,024 and the token that follows them."""
-    if tokens >= 10 * SHARD_SIZE:
-        return SHARD_SIZE
-    if tokens >= 10 * 1025:
-        return tokens // 10 // 1024 * 1024 + 1
+    """About a tenth of all tokens, in whole windows and the token that follows them."""
+    windows = tokens // 10 // (2 * CONTEXT_LENGTH) * 2 * CONTEXT_LENGTH  # of 512 or of 1,024
+    if windows > 0:
+        return min(windows + 1, SHARD_SIZE)
     # One window in each, or half of the tokens where they are not enough for two windows.
     return max(1, min(CONTEXT_LENGTH + 1, tokens // 2))
 
@@ -289,82 +300,86 @@ def prepare(config: DatasetConfig) -> ShardIndex:
             raise ValueError(f"{folder} has shards but no index.json; give another --data-dir")
         if old and not old.shards:
             old = None  # nothing was written, and the user may have corrected the source since
-        revision, pieces, empty = open_source(config, old.revision if old else None)
-        index = continue_index(config, old, revision)
-        if not index.complete:
-            write_shards(config, index, pieces, empty)
+        source = " --source ".join(map(shlex.quote, config.sources))
+        for flag, default in (("name", None), ("split", None), ("column", "text")):
+            if getattr(config, flag) != default:
+                source += f" --{flag} {shlex.quote(getattr(config, flag))}"
+        shard_size = config.shard_size or (old.shard_size if old else 0)
+        index = ShardIndex(source, "", shard_size, config.max_tokens)
+        if old:
+            require_same(folder, old, index, ("source", "shard_size", "max_tokens"))
+        index.revision, pieces, empty = open_source(config, old.revision if old else None)
+        if old:
+            require_same(folder, old, index, ("revision",))
+            for record in old.shards:
+                path = folder / record.file
+                # From the first bad shard on all are written again, with the same bytes.
+                if not path.exists() or path.stat().st_size != 128 + 2 * record.tokens:
+                    break
+                index.shards.append(record)
+            if old.complete and index.shards == old.shards:
+                return old
+        write_shards(config, index, pieces, empty)
+        return index
     finally:
         lock.release()
-    return index
 
 
-def continue_index(config: DatasetConfig, old: ShardIndex | None, revision: str) -> ShardIndex:
-    """A new index with the shards of the old one; ValueError if that is of something else."""
-    source = " --source ".join(map(shlex.quote, config.sources))
-    for flag, default in (("name", None), ("split", None), ("column", "text")):
-        if getattr(config, flag) != default:
-            source += f" --{flag} {shlex.quote(getattr(config, flag))}"
-    index = ShardIndex(source, revision, config.shard_size or 0, config.max_tokens)
-    if old is None:
-        return index
-    index.shard_size = config.shard_size or old.shard_size
-    for name in ("source", "revision", "shard_size", "max_tokens"):
-        was, now = getattr(old, name), getattr(index, name)
+def require_same(folder: Path, old: ShardIndex, new: ShardIndex, names: tuple[str, ...]) -> None:
+    """ValueError where the shards in a folder were begun with something else."""
+    for name in names:
+        was, now = getattr(old, name), getattr(new, name)
         if was != now:
             raise ValueError(
-                f"{config.data_dir}: {name} was {was} and is now {now}; give another --data-dir, or"
+                f"{folder}: {name} was {was} and is now {now}; give another --data-dir, or"
                 f" what the shards there were begun with (--source {old.source})"
             )
-    for record in old.shards:
-        path = config.data_dir / record.file
-        # From the first bad shard on all are written again, with the same bytes.
-        if not path.exists() or path.stat().st_size != 128 + 2 * record.tokens:
-            return index
-        index.shards.append(record)
-    return old if old.complete else index
 
 
 def write_shards(config: DatasetConfig, index: ShardIndex, pieces: list[Piece], empty: int) -> None:
     """Tokenize the pieces from where the index ends, write the shards, and record each."""
     folder = config.data_dir
-    start = index.shards[-1].next if index.shards else [0, 0, 0, empty]
-    done = sum(record.tokens for record in index.shards)
-    left = (index.max_tokens or sys.maxsize) - done
-    seen = done
-    total = delimiters = 0
+    start = Position(*index.shards[-1].next) if index.shards else Position(0, 0, 0, empty)
+    limit = index.max_tokens or sys.maxsize
+    done = read = sum(record.tokens for record in index.shards)
+    delimiters = 0
 
     def observe(batches: Iterable[Batch]) -> Iterator[Batch]:
-        nonlocal seen, total, delimiters
+        nonlocal read, delimiters
         for batch in batches:
-            seen += sum(map(len, batch.tokens))
-            # Pieces are of similar size, so the ones so far show how many tokens there will be.
-            total = min(done + left, seen * len(pieces) // (batch.piece + 1))
+            read += sum(map(len, batch.tokens))
             delimiters += batch.delimiters
             yield batch
 
-    batches = observe(tokenize(pieces, start, config.workers) if left else ())
-    if index.shard_size == 0:  # follows from what there is, not from the sizes of files
+    batches = observe(tokenize(pieces, start, config.workers) if done < limit else ())
+    if index.shard_size == 0:
         first: list[Batch] = []
         for batch in batches:
             first.append(batch)
-            if seen >= min(left, SHARD_SIZE):
+            if read >= min(limit, SHARD_SIZE):
                 break
-        index.shard_size = choose_shard_size(total)
+        begun = first[-1].piece + 1 if first else 1
+        total = read * len(pieces) // begun  # pieces are of similar size
+        if read >= SHARD_SIZE and begun in (1, len(pieces)):  # but this one is not read to its end
+            files = filter(os.path.isfile, {piece.file for piece in pieces})
+            total = max(total, sum(map(os.path.getsize, files)) // 5)  # bytes in a token
+        index.shard_size = choose_shard_size(min(limit, total))
         batches = itertools.chain(first, batches)
+        del first  # the chain lets go of it when it was read
     # Before any shard, so that there is never a shard without an index, which would be refused.
     index.write(folder)
     name = PREFIXES.get(config.sources, "text")
-    skipped = 0
-    for tokens, position in cut(batches, index.shard_size, left, start):
-        skipped = position[-1]
+    skipped = start.empty
+    for tokens, position in cut(batches, index.shard_size, limit - done, start):
+        skipped = position.empty
         if len(tokens) > 0:
             split = "train" if index.shards else "val"
             path = folder / shard_name(name, split, len(index.shards))
-            index.shards.append(save_shard(path, tokens, position))
+            index.shards.append(save_shard(path, tokens, list(position)))
             index.write(folder)
             done += len(tokens)
-            left -= len(tokens)
-            print(f"{path.name}: {done:,} of about {total:,} tokens", file=sys.stderr)
+            of_source = f"piece {position.piece + 1:,} of {len(pieces):,}"
+            print(f"{path.name}: {done:,} tokens, {of_source}", file=sys.stderr)
     if not index.shards:
         raise ValueError(f"--source {index.source} holds no text to tokenize; give another")
     index.complete = True
@@ -374,16 +389,6 @@ def write_shards(config: DatasetConfig, index: ShardIndex, pieces: list[Piece], 
     index.write(folder)
     if delimiters:
         print(f"{DELIMITER} is ordinary text in {delimiters:,} documents", file=sys.stderr)
-
-
-def save_shard(path: Path, tokens: np.ndarray, position: list[int]) -> ShardRecord:
-    """Write a shard's tokens (n,) uint16 as np.save does; ``position`` is where they end."""
-    with atomic_write(path) as file:
-        header = {"descr": "<u2", "fortran_order": False, "shape": tokens.shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(tokens.data)  # not np.save, whose errors lack the system's reason
-    documents = int(np.count_nonzero(tokens == END_OF_TEXT))
-    return ShardRecord(path.name, len(tokens), sha256(path), documents, position)
 
 
 # ---- verifying -----------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gptxs.files import atomic_write
+from gptxs.files import atomic_write, sha256
+from gptxs.tokenizer import END_OF_TEXT
 
 # The header of llm.c's and modded-nanogpt's .bin: 256 int32, the third is the number of tokens.
 BIN_MAGIC_AND_VERSION = [20240520, 1]
@@ -67,10 +68,10 @@ def digest(shard: Shard) -> str:
     """SHA-256 of blocks all over the shard, its beginning and end included, in hexadecimal."""
     tokens = shard.map_tokens()
     length = min(len(tokens), DIGEST_TOKENS)
-    sha256 = hashlib.sha256()
+    content = hashlib.sha256()
     for start in np.linspace(0, len(tokens) - length, num=DIGEST_BLOCKS, dtype=np.int64):
-        sha256.update(tokens[start : start + length].tobytes())
-    return sha256.hexdigest()
+        content.update(tokens[start : start + length].tobytes())
+    return content.hexdigest()
 
 
 @dataclass
@@ -82,6 +83,16 @@ class ShardRecord:
     sha256: str  # of the file with its header, as ``sha256sum`` computes it
     documents: int  # that begin in this shard
     next: list[int]  # where dataset.py continues after this shard
+
+
+def save_shard(path: Path, tokens: np.ndarray, following: list[int]) -> ShardRecord:
+    """Write tokens (n,) uint16 as np.save does; ``following`` is the record's ``next``."""
+    with atomic_write(path) as file:
+        header = {"descr": "<u2", "fortran_order": False, "shape": tokens.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(tokens.data)  # not np.save, whose errors lack the system's reason
+    documents = int(np.count_nonzero(tokens == END_OF_TEXT))
+    return ShardRecord(path.name, len(tokens), sha256(path), documents, following)
 
 
 @dataclass

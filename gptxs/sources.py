@@ -1,23 +1,19 @@
-"""Sources of text as pieces that threads read row by row: files, data sets of the hub, the stdlib.
+"""Sources of text as pieces that threads read row by row: files, and data sets of the hub.
 
 `datasets` streams JSON, CSV and Arrow files and all formats of the hub. Two things are read without
 it: text files, of which it would hold a line in memory (a book, or a corpus, may be one line) and
-change the line ends; and local Parquet, since starting it takes a tenth of the time that 37M tokens
-take.
+change the line ends; and local Parquet, since `datasets` takes a second or two to start.
 """
 
 from __future__ import annotations
 
-import ast
 import codecs
-import functools
 import glob
 import hashlib
 import itertools
 import os
 import re
 import sys
-import sysconfig
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,12 +32,13 @@ TEXT_SUFFIXES = (".txt", ".text", ".md")
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".arrow", *TEXT_SUFFIXES)
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 ARROW_METADATA = ("dataset_info.json", "dataset_dict.json", "state.json")  # of `save_to_disk`
-FILES_AT_ONCE = 64  # that `datasets` opens: for each of them it goes through the list of all
+FILES_AT_ONCE = 64  # in a stream of `datasets`, which goes through this list for each of them
 ROWS_AT_ONCE = 256
 BLOCK_BYTES = 1 << 18  # of a text file
-# A document longer than a block is cut before a space or newline and a character that is neither.
-# GPT-2's pattern begins a new part there in any text, so that no token changes.
-BREAK = re.compile(r".+(?=[ \n]\S)", re.DOTALL)
+# The head of a document longer than a block: some text, up to the last space or newline before
+# neither whitespace nor what may be a separator. GPT-2's pattern begins a new part there in any
+# text, so that no token changes.
+HEAD = re.compile(r"\s*\S.*(?=[ \n][^\s<])", re.DOTALL)
 
 
 class Continuation(str):
@@ -66,8 +63,13 @@ def suffix_of(file: str) -> str:
     """What tells a file's format: ".jsonl" for `A.JSONL.GZ`; "" for one that is not read."""
     stem, suffix = os.path.splitext(file.lower())
     if suffix in COMPRESSIONS:
-        suffix = os.path.splitext(stem)[1].replace(".parquet", "").replace(".arrow", "")
+        suffix = os.path.splitext(stem)[1]
+        return suffix if suffix in SUFFIXES and suffix not in (".parquet", ".arrow") else ""
     return suffix if suffix in SUFFIXES else ""
+
+
+def has_columns(file: str) -> bool:
+    return suffix_of(file) not in ("", *TEXT_SUFFIXES)
 
 
 def is_on_hub(source: str) -> bool:
@@ -85,7 +87,7 @@ def hub_files(
     Raises ConnectionError when the hub cannot be reached, ValueError or FileNotFoundError for what
     it does not have.
     """
-    from gptxs.hub import require_hub  # which imports huggingface_hub
+    from gptxs.hub import require_hub  # here, since huggingface_hub takes a moment
 
     require_hub()
     if source == "fineweb-edu":
@@ -115,7 +117,7 @@ def local_files(source: str) -> tuple[str, list[Path]]:
     left_out = Counter(f.suffix or f.name for f in found) - Counter(f.suffix for f in files)
     if left_out:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
-        print(f"{source}: files that are not read: {kinds}", file=sys.stderr)
+        print(f"{source}: files and linked folders not read: {kinds}", file=sys.stderr)
     if not files:
         raise ValueError(f"--source {source}: no file ends in {', '.join(SUFFIXES)}")
     digest = hashlib.sha256()
@@ -131,13 +133,12 @@ def local_files(source: str) -> tuple[str, list[Path]]:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """The files below a folder, but for hidden ones, in order. Links to folders are followed."""
+    """The files below a folder except hidden ones, in order; links to folders as if files."""
     files: list[Path] = []
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
-            raise ValueError(f"{path} is a link that leads in a circle; remove it")
         if path.name[0] != "." and path.name != "__MACOSX":
-            files += _walk(path) if path.is_dir() else [path]
+            is_link = path.is_symlink()  # could lead in a circle
+            files += _walk(path) if path.is_dir() and not is_link else [path]
     return files
 
 
@@ -151,13 +152,12 @@ def open_files(files: list[str], column: str) -> list[Piece]:
     groups = itertools.groupby(files, lambda f: (suffix_of(f), numbers[f] // FILES_AT_ONCE))
     for (suffix, _), of_one_format in groups:
         group = list(of_one_format)
-        with naming(group[0]):
-            if suffix in TEXT_SUFFIXES:
-                pieces += [Piece(file, partial(read_text, file)) for file in group]
-            elif suffix == ".parquet" and not group[0].startswith("hf://"):
-                pieces += _open_parquet(group, column)
-            else:
-                pieces += _open_streams(group, suffix, column)
+        if suffix in TEXT_SUFFIXES:
+            pieces += [Piece(file, partial(read_text, file)) for file in group]
+        elif suffix == ".parquet" and not group[0].startswith("hf://"):
+            pieces += _open_parquet(group, column)
+        else:
+            pieces += _open_streams(group, suffix, column)
     return pieces
 
 
@@ -181,13 +181,18 @@ def _open_streams(files: list[str], suffix: str, column: str) -> list[Piece]:
         options = {"converters": {column: str}, "keep_default_na": False, "index_col": False}
         options["sep"] = "\t" if suffix == ".tsv" else ","
     data_files = {"train": [glob.escape(file) for file in files]}
-    builder = _import_datasets().load_dataset_builder(kind, data_files=data_files, **options)
-    stream = builder.as_streaming_dataset(split="train")
-    if kind == "parquet":
-        _require_column(column, stream.column_names)
-        builder.config.columns = [column]
+    with naming(files[0]):  # whose beginning is read here
+        builder = _import_datasets().load_dataset_builder(kind, data_files=data_files, **options)
+        stream = builder.as_streaming_dataset(split="train")
+        if kind == "parquet":
+            _require_column(column, stream.column_names)
+            builder.config.columns = [column]
     # Each table keeps the columns that it has: in JSON they differ from file to file.
     builder.info.features = stream.info.features = None
+
+    def split_file(file: str, of_file: Any) -> Any:
+        with naming(file):
+            return of_file.reshard()
 
     def read(of_file: Any, index: int) -> Iterator[str | None]:
         piece = of_file.shard(of_file.num_shards, index).with_format("arrow")
@@ -196,7 +201,7 @@ def _open_streams(files: list[str], suffix: str, column: str) -> list[Piece]:
 
     of_files = [stream.shard(len(files), index) for index in range(len(files))]
     with ThreadPoolExecutor(16) as pool:  # a hub takes long for each file's list of row groups
-        of_files = list(pool.map(lambda of_file: of_file.reshard(), of_files))
+        of_files = list(pool.map(split_file, files, of_files))
     return [
         Piece(file, partial(read, of_file, index))
         for file, of_file in zip(files, of_files, strict=True)
@@ -230,41 +235,47 @@ def _require_column(column: str, names: list[str]) -> None:
 
 def _texts(table: Any, column: str) -> list[str | None]:
     """The texts of an Arrow table's column; ValueError where it has none."""
+    import pyarrow as pa
+
     _require_column(column, table.schema.names)
     texts = table[column]
-    kind = str(getattr(texts.type, "value_type", texts.type))  # of a dictionary: what it holds
-    if kind not in ("string", "large_string", "string_view", "null"):
-        raise ValueError(f"column `{column}` holds {kind} and not text; give another --column")
+    held = texts.type.value_type if pa.types.is_dictionary(texts.type) else texts.type
+    if str(held) not in ("string", "large_string", "string_view", "null"):
+        raise ValueError(f"column `{column}` holds {held} and not text; give another --column")
     return texts.to_pylist()
 
 
 def read_text(file: str) -> Iterator[str | None]:
-    """The documents of a text file, which <|endoftext|> separates, in the memory of a block."""
+    """The documents of a text file, which <|endoftext|> separates, in the memory of a block.
+
+    Text in which nothing can be cut, such as Chinese in one line, is held until its end.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    kind: type[str] = str
+    row_type: type[str] = str
     rest = ""
     with _open(file) as opened:
         for number in itertools.count():
-            block = opened.read(BLOCK_BYTES)
+            # As much again as could not be cut, so that the time is linear in such text too.
+            block = opened.read(max(BLOCK_BYTES, len(rest)))
             text = decoder.decode(block, final=not block)
             if number == 0:  # drops the mark, and refuses UTF-16 with zeros, which are valid UTF-8
                 text = decode_text(text.encode(), "this file")
             *documents, rest = (rest + text).split(DELIMITER)
             for document in documents:
-                yield kind(document) if document.strip() else None
-                kind = str
+                yield row_type(document) if document.strip() else None
+                row_type = str
             if not block:
                 break
-            if len(rest) > BLOCK_BYTES and (begin := BREAK.match(rest)):
-                yield kind(begin[0])
-                kind = Continuation
-                rest = rest[begin.end() :]
-    yield kind(rest) if rest.strip() else None
+            if len(rest) > BLOCK_BYTES and (head := HEAD.match(rest)):
+                yield row_type(head[0])
+                row_type = Continuation
+                rest = rest[head.end() :]
+    yield row_type(rest) if rest.strip() else None
 
 
 def _open(file: str) -> Any:
     """A file of the disk or the hub, decompressed."""
-    import fsspec  # a hundredth of the time of 37M tokens
+    import fsspec  # takes 50 ms
 
     return fsspec.open(file, "rb", compression="infer")
 
@@ -287,35 +298,3 @@ def naming(file: str) -> Iterator[None]:
             except ValueError as encoding:
                 reason = str(encoding)
         raise ValueError(f"{file}: {reason}") from error
-
-
-# ---- the embedded corpus -------------------------------------------------------------------------
-
-
-@functools.cache
-def stdlib_documents() -> list[str]:
-    """The manual pages of `pydoc_data` and every docstring of the standard library's modules."""
-    from pydoc_data.topics import topics
-
-    name_of = {text: topic for topic, text in topics.items()}  # keyed by text: no duplicates
-
-    def add(node: Any, name: str) -> None:
-        text = ast.get_docstring(node)
-        if text:
-            name_of.setdefault(text, name)
-        for child in node.body:
-            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                add(child, f"{name}.{child.name}")
-
-    # The modules are parsed and not imported, since importing some of them has effects.
-    root = Path(sysconfig.get_path("stdlib"))
-    # What users installed is not Python's, and some installations come without the tests.
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        source = path.read_bytes()
-        if left_out.isdisjoint(parts) and b'"""' in source:
-            add(ast.parse(source), ".".join(parts).removesuffix(".__init__"))
-    documents = [f"{name}\n{text}" for text, name in name_of.items()]
-    # In the order of a hash, so that every shard is the same mixture of pages and docstrings.
-    return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())

@@ -11,6 +11,7 @@ import lzma
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import dataset
@@ -172,9 +173,11 @@ def test_shards_are_the_concatenated_documents_cut_at_multiples_of_their_size(
 
 @ORDINARY
 @given(
-    text=st.lists(st.sampled_from([*" \n\r\t'sa1!é中", "\x1c", "  ", DELIMITER]), max_size=60),
+    text=st.lists(st.sampled_from([*" \n\r\t'<sa1!é中", "\x1c", "  ", DELIMITER]), max_size=60),
     block=st.integers(1, 25),
 )
+@example(text=[" ", " ", DELIMITER], block=1)
+@example(text=["'", " ", " ", DELIMITER], block=1)
 def test_a_text_file_is_the_documents_between_its_separators_whatever_the_block(
     text: list[str], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,20 +279,25 @@ def test_files_of_all_kinds_are_read_in_order_and_what_is_not_is_said(
         (source / folder / "x.txt").write_text("third" if folder == "b" else "hidden")
     elsewhere.mkdir()
     (elsewhere / "x.txt").write_text("last")
+    (elsewhere / "back").symlink_to(source)  # two folders that link to each other
     (source / "c").symlink_to(elsewhere)
+    (source / "d.txt").symlink_to(elsewhere / "x.txt")
+    (source / ".e").symlink_to(source)
+    (tmp_path / "link").symlink_to(source)
     write(source / "a2.parquet", ["second"])
     (source / "a1.txt").write_bytes(b"first:\r\nas it is\n")
     (source / "a3.txt").write_bytes(b"")
     (source / "a4.jsonl").write_bytes(b"")
     for name in (".hidden.txt", "x.pdf", "y.pdf", "z.py"):
         (source / name).write_text("not read")
-    index = prepare(config_for(source, tmp_path / "out"))
+    index = prepare(config_for(tmp_path / "link", tmp_path / "out"))
     texts = ["first:\r\nas it is\n", "second", "third", "last"]
     assert np.array_equal(all_tokens(tmp_path / "out"), expected(texts))
     assert index.skipped == 2
     line = next(line for line in capsys.readouterr().err.splitlines() if ".pdf" in line)
     assert "2 .pdf" in line
     assert "1 .py" in line
+    assert "1 c" in line
     assert ".txt" not in line
 
 
@@ -316,7 +324,8 @@ def test_a_separator_in_a_column_is_ordinary_text_and_counted(
     assert f"{DELIMITER} is ordinary text in 2 documents" in capsys.readouterr().err
 
 
-def test_of_a_large_file_only_some_batches_are_in_memory() -> None:
+@pytest.mark.parametrize(("workers", "limit"), [(2, 12 * 20), (100, 65 * 32)])
+def test_of_large_files_only_some_batches_are_in_memory(workers: int, limit: int) -> None:
     read = 0
 
     def rows() -> Iterator[str]:
@@ -326,9 +335,10 @@ def test_of_a_large_file_only_some_batches_are_in_memory() -> None:
             yield "word " * 100
 
     with mock.patch.object(dataset, "BATCH_CHARS", 1000):
-        batches = dataset.tokenize([Piece("endless", rows)] * 100, [0, 0, 0, 0], workers=2)
+        pieces = [Piece("endless", rows)] * 1000
+        batches = dataset.tokenize(pieces, dataset.Position(0, 0, 0, 0), workers)
         assert len(list(itertools.islice(batches, 50))) == 50
-        assert read < 2 * (50 + 12 * 20)
+        assert read < 2 * (50 + limit)
         batches.close()  # type: ignore[attr-defined]
 
 
@@ -385,6 +395,33 @@ def test_a_large_source_is_estimated_from_its_first_pieces(
     assert np.array_equal(all_tokens(tmp_path / "out"), expected(TEXTS * 20))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_large_file_has_large_shards(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(dataset, "SHARD_SIZE", 2000)
+    monkeypatch.setattr(dataset, "BATCH_CHARS", 1000)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
+    texts = TEXTS * 20
+    content = jsonl(texts) if name == "a.jsonl" else DELIMITER.join(texts).encode()
+    (tmp_path / name).write_bytes(content)
+    index = prepare(config_for(tmp_path / name, tmp_path / "out", shard_size=None))
+    assert index.shard_size == 2000
+    assert all(" 1 of 1" in line for line in capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.parametrize("text", ["中" * 2**22, " " * 2**22])
+def test_text_that_cannot_be_cut_takes_linear_time(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    with mock.patch.object(sources, "BLOCK_BYTES", 1000):
+        start = time.monotonic()
+        assert list(read_text(str(tmp_path / "a.txt"))) == [text if text.strip() else None]
+        assert time.monotonic() - start < 5
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 UTF16 = "".join(f'{{"text": "na\xefve {i}"}}\n' for i in range(200)).encode("utf-16")
@@ -407,6 +444,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
     "number.jsonl": (b'{"text": 5}\n', ["`text`", "int64"]),
     "mixed.jsonl": (b'{"text": 5}\n{"text": "a"}\n', ["`text`"]),
     "number.parquet": (parquet([1]), ["`text`", "int64"]),
+    "list.parquet": (parquet([["a"]]), ["`text`", "list"]),
     "cut.parquet": (DAMAGED[:-100], ["Parquet"]),
     "damaged.parquet": (DAMAGED[:4] + bytes(300) + DAMAGED[304:], []),
     "no_utf8.parquet": (parquet(NO_UTF8), ["utf-8"]),
@@ -451,6 +489,7 @@ def test_a_bad_file_is_one_line_with_its_name(name: str, tmp_path: Path, main: M
         (["--source", "stdlib", "--split", "test"], ["--split"]),
         (["--source", "stdlib", "--column", "body"], ["--column"]),
         (["--verify", "--max-tokens", 5], ["--verify"]),
+        (["--verify", "--column", "body"], ["--verify"]),
         (["--verify"], ["no shards in"]),
     ],
 )
@@ -461,14 +500,32 @@ def test_bad_options_are_one_line_and_exit_code_2(
     assert all(part in error for part in parts)
 
 
-def test_a_pipe_and_a_link_in_a_circle_are_refused(tmp_path: Path) -> None:
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"a\.jsonl is not a regular file"):
         prepare(config_for(tmp_path / "a.jsonl", tmp_path / "out"))
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "c").symlink_to(tmp_path / "b")
-    with pytest.raises(ValueError, match="c is a link"):
-        prepare(config_for(tmp_path / "b", tmp_path / "out"))
+
+
+def test_an_error_names_the_file_that_has_it_and_names_it_once(tmp_path: Path, main: Main) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write(source / "a.parquet", TEXTS)
+    (source / "b.parquet").write_bytes(DAMAGED[:-100])
+    error = error_of(main("--source", source, "--data-dir", tmp_path / "out"))
+    assert "a.parquet" not in error
+    assert error.count("b.parquet") == 1
+
+
+def test_a_column_of_an_empty_file_is_no_mistake(tmp_path: Path, main: Main) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    flags = ("--column", "body", "--data-dir", tmp_path / "out")
+    assert "no text" in error_of(main("--source", tmp_path / "a.jsonl", *flags))
+
+
+def test_a_source_begun_locally_is_not_sought_on_the_hub(prepared: DatasetConfig) -> None:
+    hub = dataclasses.replace(prepared, source=("owner/name",))
+    with pytest.raises(ValueError, match=r"source was .* and is now owner/name"):
+        prepare(hub)
 
 
 def test_a_folder_begun_with_other_options_is_left_alone(
