@@ -35,6 +35,7 @@ import tyro
 
 from gptxs.cli import exit_with_one_line, first_line, number_problems, parse
 from gptxs.files import lock_folder, sha256
+from gptxs.memory import keep_freed_memory
 from gptxs.shards import ShardIndex, read_header, save_shard, shard_name
 from gptxs.sources import (
     Continuation,
@@ -426,6 +427,7 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
 def main() -> None:
     """Exit code 2 for a mistake in options or source, 1 for network, disk, or a bad shard."""
     start = time.perf_counter()
+    keep_freed_memory()
     with exit_with_one_line(remedy="run the same command again to continue"):
         config = parse(DatasetConfig, description=__doc__)
         if problems := config.validate():

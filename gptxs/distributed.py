@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,13 +17,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 from gptxs.cli import first_line
+from gptxs.memory import keep_freed_memory
 
 DtypeName = Literal["auto", "bf16", "fp16", "fp32"]
 Result = TypeVar("Result")
 
-# Parameters of glibc's mallopt(), from its malloc.h.
-M_TRIM_THRESHOLD = -1
-M_MMAP_MAX = -4
 # That ranks wait for each other: at the start, when rank 0 may download HellaSwag or verify
 # checkpoints, and once they train, when only a dead rank takes as long.
 START_TIMEOUT = timedelta(minutes=30)
@@ -49,21 +45,6 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cpu":
         keep_freed_memory()
     return device
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep the memory that is freed, instead of giving it back to the system.
-
-    Each training step allocates the same gigabytes again, and Linux would have to clear every page
-    of them first: a quarter to a third of a step that is not compiled (torch 2.13, bf16, 2 cores).
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc; other libraries have none
-    if mallopt is not None:
-        # See mallopt(3): free memory at the end of the heap stays, and large blocks come from it.
-        mallopt(M_TRIM_THRESHOLD, -1)
-        mallopt(M_MMAP_MAX, 0)
 
 
 def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

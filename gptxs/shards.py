@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import mmap
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptxs.files import atomic_write, sha256
+from gptxs.files import atomic_write
 from gptxs.tokenizer import END_OF_TEXT
 
 # The header of llm.c's and modded-nanogpt's .bin: 256 int32, the third is the number of tokens.
@@ -87,12 +88,16 @@ class ShardRecord:
 
 def save_shard(path: Path, tokens: np.ndarray, following: list[int]) -> ShardRecord:
     """Write tokens (n,) uint16 as np.save does; ``following`` is the record's ``next``."""
+    header = io.BytesIO()
+    fields = {"descr": "<u2", "fortran_order": False, "shape": tokens.shape}
+    np.lib.format.write_array_header_1_0(header, fields)
+    sha256 = hashlib.sha256(header.getvalue())
+    sha256.update(tokens.data)
     with atomic_write(path) as file:
-        header = {"descr": "<u2", "fortran_order": False, "shape": tokens.shape}
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(header.getvalue())
         file.write(tokens.data)  # not np.save, whose errors lack the system's reason
     documents = int(np.count_nonzero(tokens == END_OF_TEXT))
-    return ShardRecord(path.name, len(tokens), sha256(path), documents, following)
+    return ShardRecord(path.name, len(tokens), sha256.hexdigest(), documents, following)
 
 
 @dataclass

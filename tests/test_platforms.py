@@ -22,7 +22,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in (*ROOT.glob("*.py"), *ROOT.glob("gptxs/[!_]*.py"))
 }
-LEAVES = {"gptxs.cli", "gptxs.files", "gptxs.tokenizer"}
+LEAVES = {"gptxs.cli", "gptxs.memory", "gptxs.files", "gptxs.tokenizer"}
 # What each module of the package may import of ours, but for those that may import the leaves.
 PACKAGE: dict[str, set[str]] = {name: set() for name in LEAVES | {"gptxs.kernels", "gptxs.optim"}}
 PACKAGE |= {
