@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 from gptxs.cli import first_line
@@ -105,7 +105,9 @@ class DistInfo:
     def limit_waits(self) -> None:
         """From now on end the process where another rank keeps it waiting for STEP_TIMEOUT."""
         if self.world_size > 1:
-            _set_pg_timeout(STEP_TIMEOUT)
+            # torch 2.14 has a public name for it.
+            set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout
+            set_timeout(STEP_TIMEOUT)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in order, on every rank."""

@@ -101,7 +101,9 @@ class Training:
     @property
     def err(self) -> str:
         """What it has printed to standard error so far."""
-        return (self.folder / f"{self.label}.err").read_text()
+        lines = (self.folder / f"{self.label}.err").read_text().splitlines(keepends=True)
+        # A CUDA build of torch says so when it compiles on a machine without a GPU.
+        return "".join(line for line in lines if "No CUDA runtime is found" not in line)
 
 
 def start(

@@ -270,7 +270,7 @@ def test_a_gpu_that_is_too_small_is_told_a_micro_batch_that_may_fit(
 
     code, _, err = call("train", "", capsys, fail)
     assert (code, err.count("\n")) == (1, 1)
-    assert "--micro-batch 8; use 4" in err
+    assert "--micro-batch 8; use --micro-batch 4" in err
 
 
 def test_every_preset_is_valid() -> None:
