@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from test_train import RUN
 from torch import Tensor
 
 import train
-from gptxs.optim import MuonWithAdamW, Schedule, build_optimizer, learning_rate, orthogonalize
+from gptxs.optim import orthogonalize
 from model import GPT, GPTConfig
 
 TINY = GPTConfig(d_model=16, n_heads=2, n_layers=2, context_length=16, vocab_size=300)
@@ -27,25 +26,6 @@ def losses(log: Path) -> list[float]:
 
 
 # ---- schedules -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("schedule", "cooldown", "expected"),
-    [
-        ("linear", 0.4, {9: 1.0, 10: 1.0, 55: 0.55, 100: 0.1}),
-        ("wsd", 0.4, {9: 1.0, 10: 1.0, 60: 1.0, 80: 0.55, 100: 0.1}),
-        ("wsd", 0.0, {10: 1.0, 100: 1.0}),
-        ("wsd", 1.0, {10: 1.0, 55: 0.55, 100: 0.1}),  # never before the end of the warm-up
-    ],
-)
-def test_the_linear_schedules_fall_in_a_line_to_the_last_step(
-    schedule: Schedule, cooldown: float, expected: dict[int, float]
-) -> None:
-    config = replace(train.TrainConfig(), max_steps=101, warmup_steps=10, max_lr=1.0, min_lr=0.1)
-    config = replace(config, schedule=schedule, cooldown=cooldown)
-    rates = {step: learning_rate(step, config) for step in expected}
-    assert rates == pytest.approx(expected)
-    assert learning_rate(4, config) == pytest.approx(0.5)
 
 
 def test_a_run_follows_its_schedule_also_one_that_is_changed_as_it_is_resumed(folder: Path) -> None:
@@ -73,74 +53,6 @@ def test_orthogonalized_matrices_keep_their_directions_and_lose_their_sizes() ->
         assert values.max() < 1.3
         u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
         assert torch.nn.functional.cosine_similarity(result, u @ vh, dim=-1).min() > 0.9
-
-
-def test_the_update_is_that_of_torchs_muon() -> None:
-    """Which computes it in bf16."""
-    torch.manual_seed(0)
-    start = torch.randn(64, 96)
-    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True)
-    optimizers = [
-        MuonWithAdamW([ours], adamw, weight_decay=0.1, lr_scale=1.0),
-        torch.optim.Muon([theirs], weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-    ]
-    for _ in range(5):
-        ours.grad = torch.randn(64, 96)
-        theirs.grad = ours.grad.clone()
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = 0.02
-            optimizer.step()
-    assert (ours - theirs).norm() < 0.02 * (ours - start).norm()
-
-
-def test_every_parameter_is_updated_once_and_the_three_matrices_of_c_attn_apart() -> None:
-    model = GPT(TINY)
-    optimizer = build_optimizer(model, 0.1, "muon", muon_lr_scale=2.0)
-    grouped = [p for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
-    muon = {id(p) for p in optimizer.param_groups[0]["params"]}
-    names = {name for name, p in model.named_parameters() if id(p) in muon}
-    ends = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    assert names == {f"transformer.h.{i}.{end}.weight" for i in range(2) for end in ends}
-
-    for group in optimizer.param_groups:
-        group["lr"] = 0.01 * group.get("lr_scale", 1.0)
-        group["weight_decay"] = 0.0
-    weight = model.transformer.h[0].attn.c_attn.weight
-    before = weight.detach().clone()
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape)
-    thirds = weight.grad.view(3, 16, 16) * 0.0975  # what Nesterov's momentum makes of the first
-    optimizer.step()
-    update = (before - weight.detach()).view(3, 16, 16)
-    expected = orthogonalize(thirds) * 0.2 * math.sqrt(16)
-    torch.testing.assert_close(update, 2.0 * 0.01 * expected, rtol=1e-3, atol=1e-6)
-
-
-def test_a_skipped_update_changes_neither_weights_nor_state() -> None:
-    model = GPT(TINY)
-    optimizer = build_optimizer(model, 0.1, "muon")
-    idx = torch.arange(16).view(1, 16)
-    for found_inf in (0.0, 1.0):
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        state = {i: {k: v.clone() for k, v in s.items()} for i, s in _states(optimizer).items()}
-        for group in optimizer.param_groups:
-            group["lr"] = 0.1
-        model(idx, idx).backward()
-        if found_inf:
-            model.transformer.h[1].mlp.c_fc.weight.grad[0, 0] = math.inf
-            model.transformer.ln_f.weight.grad[0] = math.nan
-        optimizer.found_inf = torch.tensor(found_inf)  # type: ignore[attr-defined]
-        optimizer.step()
-        optimizer.zero_grad()
-        changed = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
-        assert len(changed) == (0 if found_inf else len(before))
-    torch.testing.assert_close(_states(optimizer), state, rtol=0, atol=0)
-
-
-def _states(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    return optimizer.state_dict()["state"]
 
 
 def test_muon_learns_and_is_another_run_than_adamw(folder: Path) -> None:
