@@ -36,7 +36,7 @@ import tyro
 from gptxs.cli import exit_with_one_line, first_line, number_problems, parse
 from gptxs.files import lock_folder, sha256
 from gptxs.memory import keep_freed_memory
-from gptxs.shards import ShardIndex, read_header, save_shard, shard_name
+from gptxs.shards import ShardIndex, read_header, save_shard
 from gptxs.sources import (
     Continuation,
     Piece,
@@ -154,7 +154,7 @@ class Batch:
 
     def encode(self, tokenizer: tiktoken.Encoding) -> None:
         texts = [text for text in self.texts if text]
-        joined = encode_documents(texts, tokenizer) if texts else np.empty(0, np.uint16)
+        joined = encode_documents(texts, tokenizer)
         parts = iter(np.split(joined, np.flatnonzero(joined == END_OF_TEXT)))
         empty = next(parts)  # what is before the first document
         for text in self.texts:
@@ -202,8 +202,8 @@ def tokenize(pieces: list[Piece], start: Position, workers: int) -> Iterator[Bat
 
     encoders = ThreadPoolExecutor(workers, initializer=copy_tokenizer)
     # What is read ahead is bounded, however many cores there are.
-    pieces_at_once = min(2 * workers + 4, 64)
-    batches_at_once = min(workers + 8, 32)  # of each of these pieces
+    pieces_at_once = min(2 * workers, 64)
+    batches_at_once = min(workers + 18, 40)  # of each of these pieces
 
     def encode(batch: Batch) -> Batch:
         batch.encode(thread.tokenizer)
@@ -370,12 +370,10 @@ def write_shards(config: DatasetConfig, index: ShardIndex, pieces: list[Piece], 
     # Before any shard, so that there is never a shard without an index, which would be refused.
     index.write(folder)
     name = PREFIXES.get(config.sources, "text")
-    skipped = start.empty
     for tokens, position in cut(batches, index.shard_size, limit - done, start):
-        skipped = position.empty
         if len(tokens) > 0:
             split = "train" if index.shards else "val"
-            path = folder / shard_name(name, split, len(index.shards))
+            path = folder / f"{name}_{split}_{len(index.shards):06d}.npy"
             index.shards.append(save_shard(path, tokens, list(position)))
             index.write(folder)
             done += len(tokens)
@@ -386,7 +384,7 @@ def write_shards(config: DatasetConfig, index: ShardIndex, pieces: list[Piece], 
     index.complete = True
     index.tokens = done
     index.documents = sum(record.documents for record in index.shards)
-    index.skipped = skipped
+    index.skipped = position.empty
     index.write(folder)
     if delimiters:
         print(f"{DELIMITER} is ordinary text in {delimiters:,} documents", file=sys.stderr)
@@ -445,10 +443,7 @@ def main() -> None:
         windows = sum((record.tokens - 1) // CONTEXT_LENGTH for record in index.shards)
         lost = 1 - windows * CONTEXT_LENGTH / (index.tokens or 1)
         if lost > 0.05:
-            print(
-                f"{lost:.0%} of them are in no window of {CONTEXT_LENGTH} tokens, but at the end of"
-                " a shard: another --shard-size may leave out less"
-            )
+            print(f"{lost:.0%} are in no window of {CONTEXT_LENGTH}; try another --shard-size")
 
 
 if __name__ == "__main__":

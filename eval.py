@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import copy
 import json
 import math
 import sys
@@ -30,7 +31,7 @@ from data_loader import TokenDataset, TokenLoader
 from gptxs import hf
 from gptxs.checkpoint import find_checkpoint
 from gptxs.cli import exit_with_one_line, number_problems, parse
-from gptxs.distributed import DtypeName, choose_device, choose_dtype
+from gptxs.distributed import DistInfo, DtypeName, choose_device, choose_dtype
 from gptxs.files import decode_text
 from gptxs.metrics import read_rows
 from gptxs.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode, get_tokenizer
@@ -116,23 +117,22 @@ def validation_loss(
     dataset: TokenDataset,
     tokens: int,
     micro_batch: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
+    dist_info: DistInfo,
     dtype: torch.dtype = torch.float32,
     compiled: nn.Module | None = None,
 ) -> float:
     """Mean loss, in nats, of the first ``tokens`` tokens of a data set, in complete windows.
 
-    Each rank computes every ``world_size``-th window and all return the loss of all of them, so
-    it is the same for any number of ranks. All batches but the last, which may have fewer than
+    Each rank computes its share of the windows and all return the loss of all of them, so it is
+    the same for any number of ranks. All batches but the last, which may have fewer than
     ``micro_batch`` windows, go through ``compiled``, the compiled model, where there is one.
     Raises ValueError when ``tokens`` are less than one window.
     """
     T = dataset.context_length
     if tokens < T:
         raise ValueError(f"{tokens} validation tokens are less than one window of {T}")
-    windows = np.arange(rank, min(tokens // T, len(dataset)), world_size)
+    device = dist_info.device
+    windows = np.arange(dist_info.rank, min(tokens // T, len(dataset)), dist_info.world_size)
     batches = (windows[i : i + micro_batch] for i in range(0, len(windows), micro_batch))
     sums = []  # left on the device: reading a number here would wait for every batch
     with (
@@ -169,7 +169,8 @@ def report_loss(config: EvalConfig, folder: Path, device: torch.device, dtype: t
     T = config.context_length or model.config.context_length
     dataset = TokenDataset(config.data_dir, "val", T, model.config.vocab_size)
     limit = config.val_tokens
-    loss = validation_loss(model, dataset, limit, config.micro_batch, device, dtype=dtype)
+    dist_info = DistInfo(rank=0, world_size=1, device=device)
+    loss = validation_loss(model, dataset, limit, config.micro_batch, dist_info, dtype=dtype)
     windows = min(limit // T, len(dataset))
     tokens = windows * T
     n_bytes = 0
@@ -273,6 +274,15 @@ def generate(
 
 
 # ---- text ----------------------------------------------------------------------------------------
+
+
+def sample_text(model: GPT, prompt: list[int], seed: int, dtype: torch.dtype) -> str:
+    """How a model in training continues a prompt's tokens, the same each time for its weights."""
+    idx = torch.tensor([prompt], device=model.lm_head.weight.device)  # (1, T)
+    options = SamplingOptions(max_new_tokens=64, top_k=50, seed=seed)
+    # A copy in the precision of the run, as ``main`` samples.
+    out = generate(copy.deepcopy(model).to(dtype), idx, options)  # (1, T + new)
+    return get_tokenizer().decode([token for token in out[0].tolist() if token != END_OF_TEXT])
 
 
 def encode_prompt(prompt: str, vocab_size: int) -> list[int]:

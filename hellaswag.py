@@ -33,12 +33,12 @@ from tqdm import tqdm
 
 from gptxs.checkpoint import find_checkpoint
 from gptxs.cli import exit_with_one_line, first_line, number_problems, parse
-from gptxs.distributed import DtypeName, choose_device, choose_dtype
+from gptxs.distributed import DistInfo, DtypeName, choose_device, choose_dtype
 from gptxs.files import atomic_write, decode_text
 from gptxs.hf import require_gpt2_tokenizer
 from gptxs.hub import require_hub
 from gptxs.tokenizer import encode
-from model import GPT
+from model import GPT, GPTConfig
 
 # The conventions in the order of `Example.requests`, with their prefixes in the summary.
 CONVENTIONS = {"completion": "", "harness": "harness_"}
@@ -129,6 +129,17 @@ def load_examples(
     return examples
 
 
+def load_if_reachable(path: Path | None) -> tuple[Example, ...]:
+    """The examples for a training run; none, with a line, where the hub's cannot be had."""
+    try:
+        return load_examples(path)
+    except (ValueError, OSError) as error:
+        if path is not None:
+            raise
+        print(f"HellaSwag is skipped: {first_line(error)}")
+        return ()
+
+
 def download(split: str) -> Iterator[tuple[str, Any]]:
     """The place, for messages, and the record of each example of Rowan/hellaswag."""
     try:
@@ -180,10 +191,9 @@ def validate(record: Any) -> list[str]:
     if record.get("ctx") == "":  # its last token predicts the first one of an ending
         problems.append("ctx is empty")
     endings = record.get("endings")
-    if not isinstance(endings, list) or len(endings) != 4:
-        problems.append("endings is not a list of four")
-    elif not all(isinstance(ending, str) and ending.strip() for ending in endings):
-        problems.append("an ending is empty or not a string")
+    texts = endings if isinstance(endings, list) else []
+    if len(texts) != 4 or not all(isinstance(text, str) and text.strip() for text in texts):
+        problems.append("endings are not four texts")
     label = record.get("label")  # a number in the original files, a string on the hub
     if str(label) not in ("0", "1", "2", "3"):
         problems.append(f"label {label!r} is not 0, 1, 2 or 3 (the test split has none)")
@@ -224,15 +234,20 @@ CONTEXT = 1  # 0 is padding
 FIRST_CHOICE = 2
 
 
-def lay_out(request: Request, context_length: int) -> tuple[Tensor, Tensor]:
+def lay_out(request: Request, config: GPTConfig) -> tuple[Tensor, Tensor]:
     """Lay out a request as a row of L inputs that predict the M tokens of its choices.
 
     Returns inputs (3, L): token, position, segment; and targets (3, M): token, index of the input
-    that predicts it, choice. Raises ValueError when an ending alone exceeds ``context_length``.
+    that predicts it, choice. Raises ValueError for what does not fit a model of that shape.
     """
+    context_length = config.context_length
     longest = max(len(choice) for choice in request.choices)
     if longest > context_length:
         problem = f"an ending of {longest} tokens does not fit the context of {context_length}"
+        raise ValueError(f"{request.where}: {problem}")
+    largest = max(max(tokens) for tokens in (request.context, *request.choices))
+    if largest >= config.vocab_size:
+        problem = f"token {largest} is outside the model's vocabulary of {config.vocab_size}"
         raise ValueError(f"{request.where}: {problem}")
     # Where context and longest choice do not fit, the harness drops the context's oldest tokens,
     # fewer for a shorter choice. The choices then share nothing: each has its own copy.
@@ -256,17 +271,17 @@ def lay_out(request: Request, context_length: int) -> tuple[Tensor, Tensor]:
 # A training run evaluates the same examples again and again, so their batches are kept.
 @functools.lru_cache(maxsize=2)
 def pack_for(
-    device: torch.device, examples: tuple[Example, ...], context_length: int
+    device: torch.device, examples: tuple[Example, ...], config: GPTConfig
 ) -> list[tuple[Tensor, Tensor]]:
     """All R requests in batches, on the CPU, of the size that suits the device, or of one row.
 
     A batch has inputs (3, B, T): token, position, segment, of B rows of similar length padded to T;
     and targets (3, N): token, predictor among the B * T inputs, choice among all R * 4; int64.
-    Raises ValueError when an ending exceeds ``context_length``.
+    Raises ValueError for an example that does not fit a model of that shape.
     """
     batch_tokens = CUDA_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
     requests = [request for example in examples for request in example.requests]
-    rows = [lay_out(request, context_length) for request in requests]
+    rows = [lay_out(request, config) for request in requests]
     lengths = [inputs.size(1) for inputs, _ in rows]
     # Rows of similar length need little padding. The longest come first, so that memory, if it
     # does not suffice, runs out at once.
@@ -308,19 +323,19 @@ def add_log_likelihoods(model: GPT, inputs: Tensor, targets: Tensor, scores: Ten
 def predict(
     model: GPT,
     examples: Sequence[Example],
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
+    dist_info: DistInfo,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
 ) -> Tensor:
     """The model's choices on every rank, (n, 2 conventions, 2) int64: by acc, and by acc_norm.
 
-    ``model`` is the uncompiled module. Raises ValueError when an ending exceeds its context.
+    ``model`` is the uncompiled module. Raises ValueError for an example that does not fit it.
     """
+    device = dist_info.device
     requests = [request for example in examples for request in example.requests]
+    batches = pack_for(device, tuple(examples), model.config)
     # Ranks share whole batches: smaller parts would mean more padding.
-    batches = pack_for(device, tuple(examples), model.config.context_length)[rank::world_size]
+    batches = batches[dist_info.rank :: dist_info.world_size]
     # Copied before the first kernel: later, the host would wait for all those in the queue.
     batches = [(inputs.to(device), targets.to(device)) for inputs, targets in batches]
     scores = torch.zeros(len(requests) * 4, device=device)
@@ -339,15 +354,6 @@ def predict(
     lengths = torch.tensor([request.lengths for request in requests], device=device)  # (R, 4)
     chosen = torch.stack((scores.argmax(dim=1), (scores / lengths).argmax(dim=1)), dim=1)  # (R, 2)
     return chosen.view(len(examples), -1, 2)
-
-
-def check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
-    """Raise ValueError for an example with a token that a model's vocabulary lacks."""
-    for request in (request for example in examples for request in example.requests):
-        largest = max(max(tokens) for tokens in (request.context, *request.choices))
-        if largest >= vocab_size:
-            problem = f"token {largest} is outside the model's vocabulary of {vocab_size}"
-            raise ValueError(f"{request.where}: {problem}")
 
 
 def write_predictions(path: Path, examples: Sequence[Example], chosen: Tensor) -> None:
@@ -395,7 +401,8 @@ def main() -> None:
         require_gpt2_tokenizer(folder)
         model = GPT.from_pretrained(folder).to(device)
         start = time.perf_counter()
-        chosen = predict(model, examples, device, dtype=dtype, progress=True)
+        alone = DistInfo(rank=0, world_size=1, device=device)
+        chosen = predict(model, examples, alone, dtype=dtype, progress=True)
         summary = summarize(examples, chosen)
         summary["seconds"] = time.perf_counter() - start
         print_summary(summary, config.json, f"{dtype} on {device}")

@@ -8,7 +8,7 @@ H heads, D = C / H channels of a head, V vocabulary. Parameter names are Hugging
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -158,8 +158,8 @@ class GPT(nn.Module):
         self.config = config
         # Rows whose logits exist at once in the loss; 0: all rows; None: by the device.
         self.loss_chunk_rows: int | None = None
-        # Under autocast in bf16, keep the residual stream in bf16; False: in fp32.
-        self.bf16_residual = True
+        # Whether the residual stream is bf16 too under autocast in bf16; None: not on a CPU.
+        self.bf16_residual: bool | None = None
         # How many blocks, from the first on, compute their activations again in the backward pass.
         self.recomputed_blocks = 0
         self.transformer = Transformer(config)
@@ -218,9 +218,10 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         device = x.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if self.bf16_residual and autocast == torch.bfloat16:
+        bf16_residual = device != "cpu" if self.bf16_residual is None else self.bf16_residual
+        if bf16_residual and autocast == torch.bfloat16:
             # Cast once: a GPU waits for memory wherever a block reads and writes an fp32 stream.
-            # llm.c does the same. Not in fp16, which the stream may overflow.
+            # llm.c does the same. A CPU computes slower so, and the stream may overflow fp16.
             x = x.bfloat16()
         for i, block in enumerate(self.transformer.h):
             if i < self.recomputed_blocks and torch.is_grad_enabled():
@@ -241,20 +242,6 @@ class GPT(nn.Module):
             targets.flatten(),
             chunk_rows=self.loss_chunk_rows,
         )
-
-    @torch.no_grad()
-    def crop_context(self, context_length: int) -> None:
-        """Keep only the first positions: texts within them are computed as before.
-
-        Raises ValueError for more positions than there are.
-        """
-        if context_length > self.config.context_length:
-            raise ValueError(
-                f"context_length {context_length} must be at most {self.config.context_length}"
-            )
-        self.config = replace(self.config, context_length=context_length)
-        positions = self.transformer.wpe.weight[:context_length].clone()  # (T, C)
-        self.transformer.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
 
     # ---- numbers ---------------------------------------------------------------------------------
 

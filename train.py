@@ -12,17 +12,11 @@ for it is measured before the next one.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import copy
-import gc
-import hashlib
 import importlib.util
 import json
 import math
 import os
-import sys
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,28 +29,18 @@ import dataset
 import hellaswag
 import plot
 from data_loader import StepLayout, TokenDataset, TokenLoader, ignored_files
-from eval import SamplingOptions, encode_prompt, generate, validation_loss
-from gptxs import checkpoint, hf, metrics, shards
+from eval import encode_prompt, sample_text, validation_loss
+from gptxs import checkpoint, compiler, finetune, hf, shards
 from gptxs.cli import exit_with_one_line, first_line, number_problems, parse
-from gptxs.compiler import (
-    FIRST_TRACED_STEP,
-    compile_model,
-    compiler_problem,
-    explain,
-    profile_steps,
-)
 from gptxs.distributed import DistInfo, DtypeName, StopSignal, choose_dtype, wrap_ddp
 from gptxs.files import lock_folder
-from gptxs.metrics import MetricsLogger, StepStats
+from gptxs.metrics import MetricsLogger
 from gptxs.optim import OptimizerName, Schedule, build_optimizer, learning_rate
-from gptxs.tokenizer import END_OF_TEXT, VOCAB_SIZE, get_tokenizer
 from model import GPT, GPTConfig
 
 Preset = Literal["gpt-xs", "quickstart", "finetune", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 MAX_SKIPPED = 10  # consecutive bad gradients that end the run; overflows in fp16 do not count
-CPU_COMPILE_STEPS = 200  # compiling takes a CPU about a minute: fewer steps do not recoup it
-FINETUNE_CONTEXT = 512  # tokens: a longer context of the source is cropped to that
 # Ranks may differ in these: paths on their machines, and what rank 0 alone uses.
 LOCAL_SETTINGS = ("data_dir", "log_dir", "hellaswag_data", "device", "tensorboard", "wandb")
 
@@ -68,10 +52,9 @@ class TrainConfig:
     """Settings of a run. --preset sets all of them; any other flag overrides the preset."""
 
     preset: Preset = "gpt-xs"
-    """gpt-xs: GPT-2 124M with a context of 512, on 10B tokens. quickstart: a small model on the
-    documentation in Python's standard library. finetune: the model of --init-from, with at most
-    512 tokens of its context, on a few million tokens of your own. gpt2, gpt2-medium, gpt2-large,
-    gpt2-xl: OpenAI's four sizes with their context of 1024."""
+    """gpt-xs: 124M, context 512, 10B tokens. quickstart: a small model on Python's documentation.
+    finetune: the model of --init-from on a few million tokens of your own. gpt2, gpt2-medium,
+    gpt2-large, gpt2-xl: OpenAI's four sizes with their context of 1024."""
     data_dir: Path = Path("edu_fineweb10B")
     """Folder of token shards: dataset.py's, or the .bin files of llm.c and nanoGPT."""
     log_dir: Path = Path("log")
@@ -79,9 +62,8 @@ class TrainConfig:
     resume: bool = False
     """Resume from the latest valid checkpoint in --log-dir, or start from scratch without one."""
     init_from: str | None = None
-    """Start from the weights of this model instead of random ones: a checkpoint, a log folder (its
-    newest) or a hub id such as gpt2. The shape is that model's; --model.context-length may be less.
-    A checkpoint in --log-dir counts first with --resume."""
+    """Start from the weights and the shape of a checkpoint, a log folder (its newest) or a hub id
+    such as gpt2. Its context is cropped to --model.context-length."""
     model: GPTConfig = field(default_factory=GPTConfig)
 
     batch_tokens: int = 524_288
@@ -95,8 +77,7 @@ class TrainConfig:
     muon_lr_scale: float = 3.0
     """Muon's learning rate as a multiple of AdamW's."""
     schedule: Schedule = "cosine"
-    """How the learning rate falls after the warm-up: cosine or linear; wsd: constant, then linear
-    over the last --cooldown of the steps."""
+    """What follows the warm-up: cosine or linear decay; wsd: constant, then linear."""
     cooldown: float = 0.4
     """The share of --max-steps in which the schedule wsd decays."""
     warmup_steps: int = 715
@@ -134,16 +115,13 @@ class TrainConfig:
     device: str = "auto"
     """cuda, cuda:1, mps or cpu; auto: the machine's accelerator, or the CPU without one."""
     dtype: DtypeName = "auto"
-    """Precision of the matrix products; auto: bf16 where the device has it in hardware, fp16 on
-    other GPUs. The loss is scaled for fp16, and steps whose gradient overflows are skipped."""
+    """Precision; auto: bf16 where the device has it, fp16 (with a loss scale) on other GPUs."""
     compile: bool = True
     """Compile the training step; on a CPU only if at least 200 steps remain, on mps never."""
     recompute: float = 0.0
-    """Share of the blocks that are computed again in the backward pass, instead of keeping their
-    activations: less memory for more time."""
+    """Share of the blocks whose activations are computed again for the gradient, not kept."""
     loss_rows: int | None = None
-    """Tokens per chunk of the loss, which bounds the memory of the logits. Default: by device; 0:
-    no chunks, the plain loss."""
+    """Tokens per chunk of the loss, which bounds its memory; 0: all. Default: by device."""
     bf16_grads: bool = False
     """Exchange gradients in bf16: half the traffic between devices, less exact sums."""
     profile: int = 0
@@ -171,9 +149,7 @@ class TrainConfig:
                 f" processes); nearest: {nearest}"
             )
         if self.warmup_steps > self.max_steps:
-            problems.append(
-                f"warmup_steps {self.warmup_steps} must not exceed max_steps {self.max_steps}"
-            )
+            problems.append(f"warmup_steps {self.warmup_steps} exceed max_steps {self.max_steps}")
         if self.min_lr > self.max_lr:
             problems.append(f"min_lr {self.min_lr} must not exceed max_lr {self.max_lr}")
         if self.grad_clip == 0:
@@ -186,7 +162,7 @@ class TrainConfig:
         return problems
 
     def unused_options(self, world_size: int) -> list[str]:
-        """The options that differ from the preset's but have no effect beside the others."""
+        """A note for each option that differs from the preset's but has no effect."""
         preset = PRESETS[self.preset]
         unused = {
             "muon_lr_scale": self.optimizer != "muon",
@@ -196,9 +172,10 @@ class TrainConfig:
             "sample_prompt": self.sample_every == 0,
             "keep_checkpoints": self.checkpoint_every == 0,
             "bf16_grads": world_size == 1,
-            "profile": self.max_steps < FIRST_TRACED_STEP,
+            "profile": self.max_steps < compiler.FIRST_TRACED_STEP,
         }
-        return [n for n in unused if unused[n] and getattr(self, n) != getattr(preset, n)]
+        given = [name for name in unused if getattr(self, name) != getattr(preset, name)]
+        return [f"{name} has no effect beside the others" for name in given if unused[name]]
 
 
 QUICKSTART = TrainConfig(
@@ -256,15 +233,7 @@ class Progress:
     step: int = 0  # updates made so far
     best_val: float = math.inf  # the lowest validation loss so far
     skipped: int = 0  # updates skipped in a row because the gradient was not finite
-    losses: deque[float] = field(default_factory=lambda: deque(maxlen=128))  # the newest ones
-    stop: bool = False  # a rank was asked to end the run; not kept
-
-    def note(self, steps: list[StepStats]) -> None:
-        """Count what the numbers of steps say that have arrived."""
-        for stats in steps:
-            self.stop = self.stop or stats.stop
-            if not stats.overflow:  # fp16's next loss scale is half of this one
-                self.skipped = self.skipped + 1 if stats.skipped else 0
+    losses: list[float] = field(default_factory=list)  # the newest ones, to tell a spike
 
 
 # ---- before the run ------------------------------------------------------------------------------
@@ -278,44 +247,10 @@ def prepare(config: TrainConfig) -> None:
         )
     if config.preset == "quickstart":
         index = shards.ShardIndex.read(config.data_dir)
-        killed = index is not None and not index.complete
-        if killed or not any(config.data_dir.glob("*val*")):
+        if (index and not index.complete) or not any(config.data_dir.glob("*val*")):
             dataset.prepare(
                 dataset.DatasetConfig(("stdlib",), data_dir=config.data_dir, shard_size=50_000)
             )
-
-
-def load_hellaswag(config: TrainConfig) -> tuple[hellaswag.Example, ...]:
-    """The examples; none, with a line that says so, where the hub's cannot be had."""
-    try:
-        examples = hellaswag.load_examples(config.hellaswag_data)
-    except (ValueError, OSError) as error:
-        if config.hellaswag_data is not None:
-            raise
-        print(f"HellaSwag is skipped: {first_line(error)}")
-        return ()
-    hellaswag.check_vocabulary(examples, config.model.vocab_size)
-    return examples
-
-
-def initialize(model: GPT, source: str) -> str:
-    """Copy a checkpoint's or a hub's weights into the model; returns their SHA-256."""
-    folder = checkpoint.find_checkpoint(source)
-    if model.config.vocab_size >= VOCAB_SIZE:  # a smaller one has shards of its own tokens
-        hf.require_gpt2_tokenizer(folder)
-    saved = GPT.from_pretrained(folder)
-    saved.crop_context(model.config.context_length)
-    model.load_weights(saved.weights(), source)
-    return hf.weights_sha256(folder)
-
-
-def sample(model: GPT, prompt: list[int], seed: int, dtype: torch.dtype) -> str:
-    """How the model continues a prompt's tokens, the same each time for the same weights."""
-    idx = torch.tensor([prompt], device=model.lm_head.weight.device)  # (1, T)
-    options = SamplingOptions(max_new_tokens=64, top_k=50, seed=seed)
-    # A copy in the precision of the run, as eval.py samples.
-    out = generate(copy.deepcopy(model).to(dtype), idx, options)  # (1, T + new)
-    return get_tokenizer().decode([token for token in out[0].tolist() if token != END_OF_TEXT])
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -341,9 +276,10 @@ def train(
         if rank == 0:
             stack.callback(lock_folder(config.log_dir, flag="--log-dir").release)
         dist_info.on_rank_0(lambda: prepare(config))
-        facts = {k: v for k, v in asdict(config).items() if k not in LOCAL_SETTINGS}
         dtype = choose_dtype(config.dtype, device)
-        dist_info.require_equal({**facts, "dtype": dtype})  # "auto" depends on the hardware
+        common = {k: v for k, v in asdict(config).items() if k not in LOCAL_SETTINGS}
+        dist_info.require_equal({**common, "dtype": dtype})  # "auto" depends on the hardware
+        notes = config.unused_options(world_size)  # what the user should know, for the logger
 
         # ---- data
         shards.check_complete(config.data_dir)
@@ -351,11 +287,16 @@ def train(
         train_data = TokenDataset(config.data_dir, "train", context, config.model.vocab_size)
         val_data = TokenDataset(config.data_dir, "val", context, config.model.vocab_size)
         fingerprint = train_data.fingerprint() + val_data.fingerprint()
-        digest = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
-        dist_info.require_equal({"the digest of the shards in data_dir": digest})
+        dist_info.require_equal(
+            {f"shard {name}": (tokens, digest) for name, tokens, digest in fingerprint}
+        )
+        if ignored := ignored_files(config.data_dir, train_data, val_data):
+            notes.append(f"left out, as index.json does not list them: {', '.join(ignored)}")
         examples: tuple[hellaswag.Example, ...] = ()
         if config.hellaswag_every:
-            examples = dist_info.on_rank_0(lambda: load_hellaswag(config))
+            path = config.hellaswag_data
+            examples = dist_info.on_rank_0(lambda: hellaswag.load_if_reachable(path))
+            hellaswag.pack_for(device, examples, config.model)  # kept; now, for its errors' sake
         prompt: list[int] = []  # the tokens that the samples continue
         if config.sample_every:
             prompt = encode_prompt(config.sample_prompt, config.model.vocab_size)
@@ -384,36 +325,26 @@ def train(
         settings = json.loads(json.dumps(asdict(config), default=str))
         settings |= {"data": fingerprint, "init_sha256": None}
         progress = Progress()
-        notes = [
-            f"{name} has no effect beside the others" for name in config.unused_options(world_size)
-        ]
-        ignored = ignored_files(config.data_dir, train_data, val_data)
-        if ignored:
-            notes.append(f"left out, as index.json does not list them: {', '.join(ignored)}")
-        folder = None
+        saved = None  # the checkpoint that the run continues
         if config.resume:
-            folder = dist_info.on_rank_0(lambda: checkpoint.latest_valid(config.log_dir))
-        if folder is not None:
-            state = checkpoint.load_state(folder)
-            changes = checkpoint.compare_settings(state.settings, settings, folder)
-            notes += [f"resuming with another setting: {change}" for change in changes]
-            settings["init_from"] = state.settings["init_from"]
-            settings["init_sha256"] = state.settings["init_sha256"]
-            model.load_weights(hf.read_weights(folder), folder)
-            checkpoint.load_optimizer(optimizer, state.optimizer, folder)
+            saved = dist_info.on_rank_0(lambda: checkpoint.latest_valid(config.log_dir))
+        if saved is not None:
+            state = checkpoint.load_state(saved)
+            notes += checkpoint.compare_settings(state.settings, settings, saved)
+            for name in ("init_from", "init_sha256"):  # where the run began stays the same
+                settings[name] = state.settings[name]
+            model.load_weights(hf.read_weights(saved), saved)
+            checkpoint.load_optimizer(optimizer, state.optimizer, saved)
             if state.scaler:
                 scaler.load_state_dict(state.scaler)
             torch.set_rng_state(state.rng)
-            progress = Progress(state.step, state.best_val, state.skipped)
-            progress.losses.extend(state.losses)
-            notes.append(f"resumed from {folder}")
-        elif config.init_from is not None:
-            source = config.init_from
-            sha256 = dist_info.on_rank_0(
-                lambda: initialize(model, source)
-            )  # DDP copies them to all
+            progress = Progress(**state.progress)
+            notes.append(f"resumed from {saved}")
+        elif config.init_from is not None and rank == 0:  # DDP copies its weights to all
+            weights, sha256 = finetune.initial_weights(config.init_from, settings["model"])
+            model.load_weights(weights, config.init_from)
             settings["init_sha256"] = sha256
-            notes.append(f"starting from the weights of {source}, SHA-256 {sha256}")
+            notes.append(f"starting from the weights of {config.init_from}, SHA-256 {sha256}")
 
         # ---- compile and DDP
         # The same weights, wrapped for training. Samples, HellaSwag and checkpoints use the plain
@@ -422,145 +353,108 @@ def train(
         ddp = None
         if world_size > 1:
             training_model = ddp = wrap_ddp(model, device, config.bf16_grads)
-        steps_left = config.max_steps - progress.step
         compiled = None
-        # Not on mps, where compiled code may compute other numbers (pytorch#171764).
-        if config.compile and device.type != "mps":
-            if device.type == "cpu" and steps_left < CPU_COMPILE_STEPS:
-                problem: str | None = f"fewer than {CPU_COMPILE_STEPS} steps do not recoup it"
-            else:
-                problem = compiler_problem(device)
+        if config.compile:
+            problem = compiler.compiler_problem(device, steps=config.max_steps - progress.step)
             if problem is None:
-                training_model = compiled = compile_model(training_model, device)
+                training_model = compiled = compiler.compile_model(training_model, device)
             else:
                 notes.append(f"training without torch.compile: {problem}")
 
         # ---- logger
-        device_name = metrics.device_name(device)
-        dtype_name = str(dtype).removeprefix("torch.")
-        tokens = len(train_data) * context
-        layout = StepLayout(config.batch_tokens // context, config.micro_batch, rank, world_size)
-        micro_steps = layout.micro_steps()
         logger = MetricsLogger(
             config.log_dir,
             enabled=rank == 0,
             device=device,
+            dtype=dtype,
+            world_size=world_size,
             max_steps=config.max_steps,
             tokens_per_step=config.batch_tokens,
             flops_per_step=model.flops_per_token() * config.batch_tokens,
-            peak_flops=metrics.peak_flops(device_name, dtype_name, world_size),
             losses=progress.losses,
         )
-        started = {
-            "config": {k: v for k, v in settings.items() if k not in ("data", "init_sha256")},
+        stack.callback(logger.close)
+        facts = {
+            "config": {k: v for k, v in settings.items() if k != "data"},
             "dataset": train_data.name,
             "parameters": model.num_parameters(),
-            "device": device_name,
-            "world_size": world_size,
-            "dtype": dtype_name,
-            "resumed_from": folder.name if folder else None,
-            "init_from": settings["init_from"],
-            "init_sha256": settings["init_sha256"],
+            "resumed_from": saved.name if saved else None,
         }
-        stack.callback(logger.close)
-        logger.start(progress.step, started, tensorboard=config.tensorboard, wandb=config.wandb)
+        logger.start(progress.step, facts, tensorboard=config.tensorboard, wandb=config.wandb)
+        layout = StepLayout(config.batch_tokens // context, config.micro_batch, rank, world_size)
+        micro_steps = layout.micro_steps()
+        tokens = len(train_data) * context
+        epochs = config.max_steps * config.batch_tokens / tokens
+        notes.append(f"{micro_steps} micro-steps a step; {epochs:.2f} epochs of {tokens:,} tokens")
         for note in notes:
             logger.print(note)
-        logger.print(
-            f"{model.num_parameters():,} parameters, computed in {dtype_name} on {world_size} x"
-            f" {device_name}; {config.batch_tokens:,} tokens a step in {micro_steps} micro-steps;"
-            f" {config.max_steps * config.batch_tokens / tokens:.2f} epochs of {tokens:,} tokens"
-        )
 
         # ---- the training loop
-        writer = checkpoint.Writer(config.log_dir, keep=config.keep_checkpoints)
-        first_step = progress.step
-        saved_step = progress.step if folder else None  # of the newest checkpoint
-
-        def report_checkpoint(wait: bool = False) -> None:
-            """Report the checkpoint that was being written, if that has ended or with ``wait``."""
-            nonlocal saved_step
-            try:
-                saved = writer.finished(wait)
-            except OSError as error:  # a full disk does not end the run
-                logger.print(f"checkpoint not saved: {first_line(error)}")
-                return
-            if saved is not None:
-                saved_step = saved.step
-                times = {"seconds": saved.pause, "write_seconds": saved.seconds}
-                logger.report("checkpoint", saved.step, {"path": saved.folder.name, **times})
-
-        def is_due(every: int) -> bool:
-            return every > 0 and (progress.step % every == 0 or progress.step == config.max_steps)
-
-        stop_signal = stack.enter_context(StopSignal())
-        stack.callback(report_checkpoint, wait=True)  # after an error it is what a resume needs
+        writer = checkpoint.Writer(
+            config.log_dir, config.keep_checkpoints, report=logger.report, warn=logger.print
+        )
+        writer.saved_step = progress.step if saved else None
+        stack.callback(writer.collect, wait=True)  # after an error it is what a resume needs
         batches = layout.batches(len(train_data), config.seed, config.shuffle, progress.step)
         # Three steps ahead, to ride out short stalls of the disk.
         loader = TokenLoader(train_data, batches, device, prefetch=3 * micro_steps)
         stack.callback(loader.close)
-        stack.callback(gc.unfreeze)  # undoes the gc.freeze() of the loop
         profiler = None
         if config.profile:
             trace = config.log_dir / f"trace_rank{rank}.json"
-            profiler = stack.enter_context(profile_steps(trace, config.profile))
+            profiler = stack.enter_context(compiler.profile_steps(trace, config.profile))
+        stop_signal = stack.enter_context(StopSignal())
+        first_step = progress.step
+        evaluations = (config.val_every, config.hellaswag_every, config.sample_every)
+        intervals = (config.checkpoint_every, *evaluations)
+
+        def is_due(every: int) -> bool:
+            return every > 0 and (progress.step % every == 0 or progress.step >= config.max_steps)
 
         while True:
-            # ---- what is due before this step
-            intervals = (config.checkpoint_every, config.val_every, config.hellaswag_every)
-            ending = progress.stop or progress.step >= config.max_steps
-            if ending or any(is_due(every) for every in (*intervals, config.sample_every)):
-                progress.note(logger.flush())  # the numbers of all steps before this one
-                ending = ending or progress.stop
-            report_checkpoint()
+            # ---- what the steps before have brought, and what is due before this one
+            ending = progress.step >= config.max_steps
+            # On a GPU the numbers of the newest step are waited for only where they are needed.
+            for done in logger.read_steps(wait=ending or any(map(is_due, intervals))):
+                ending = ending or done.stop
+                if not done.overflow:  # fp16's next loss scale is half of this one
+                    progress.skipped = progress.skipped + 1 if done.skipped else 0
             if progress.skipped >= MAX_SKIPPED:
-                report_checkpoint(wait=True)
-                newest = next(iter(checkpoint.list_checkpoints(config.log_dir)), "none")
-                raise FloatingPointError(
-                    f"{MAX_SKIPPED} gradients in a row were not finite; last checkpoint: {newest}"
-                )
+                raise FloatingPointError(f"{MAX_SKIPPED} gradients in a row were not finite")
             # The checkpoint first, so that no failure of the others can cost these steps, nor a
             # signal that comes during them. A run that is resumed from it repeats the others.
-            wanted = is_due(config.checkpoint_every) or (ending and config.checkpoint_every > 0)
-            if rank == 0 and wanted and saved_step != progress.step:
+            writer.collect()
+            save_due = is_due(config.checkpoint_every) or (ending and config.checkpoint_every > 0)
+            if save_due and rank == 0 and writer.saved_step != progress.step:
                 with logger.timed("checkpoint", progress.step):
-                    report_checkpoint(wait=True)  # one is written at a time
                     state = checkpoint.TrainingState(
-                        step=progress.step,
-                        optimizer=optimizer.state_dict(),
-                        rng=torch.get_rng_state(),
+                        progress=asdict(progress),
                         settings=settings,
-                        best_val=progress.best_val,
-                        skipped=progress.skipped,
-                        losses=list(progress.losses),
+                        optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict(),
                     )
                     writer.start(model.weights(), asdict(config.model), state)
             if is_due(config.val_every):
                 with logger.timed("val", progress.step) as row:
-                    val_loss = validation_loss(
+                    loss = validation_loss(
                         model,
                         val_data,
                         config.val_tokens,
                         config.micro_batch,
-                        device,
-                        rank=rank,
-                        world_size=world_size,
+                        dist_info,
                         dtype=dtype,
                         compiled=compiled,
                     )
-                    progress.best_val = min(progress.best_val, val_loss)
-                    row.update(loss=val_loss, best=progress.best_val)
-            if is_due(config.hellaswag_every) and examples:
+                    progress.best_val = min(progress.best_val, loss)
+                    row.update(loss=loss, best=progress.best_val)
+            if examples and is_due(config.hellaswag_every):
                 with logger.timed("hellaswag", progress.step) as row:
-                    predictions = hellaswag.predict(
-                        model, examples, device, rank=rank, world_size=world_size, dtype=dtype
-                    )
+                    predictions = hellaswag.predict(model, examples, dist_info, dtype=dtype)
                     row.update(hellaswag.summarize(examples, predictions))
-            has_begun = progress.step > 0 or settings["init_from"] is not None
-            if is_due(config.sample_every) and rank == 0 and has_begun:
+            is_trained = progress.step > 0 or settings["init_from"] is not None
+            if is_due(config.sample_every) and rank == 0 and is_trained:
                 with logger.timed("sample", progress.step) as row:
-                    text = sample(model, prompt, config.seed, dtype)
+                    text = sample_text(model, prompt, config.seed, dtype)
                     row.update(prompt=config.sample_prompt, text=text)
             if ending:
                 break
@@ -607,98 +501,52 @@ def train(
 
             # ---- log
             stats = torch.cat((stats, torch.stack((norm, loss_scale))))  # [loss, stop, norm, scale]
-            progress.note(logger.log_step(progress.step - 1, lr, stats))
+            logger.log_step(progress.step - 1, lr, stats)
             if progress.step == first_step + 1:
                 dist_info.limit_waits()
             if profiler is not None:
                 profiler.step()
-            # Without freeze(), each collection would walk through all objects that live as long as
-            # the run, which takes milliseconds. The first time is after the step that compiled.
-            if progress.step % 100 == 1:
-                gc.collect()
-                gc.freeze()
 
     # ---- the end
-    if rank == 0:
-        report_end(config, progress, logger, by=stop_signal.name or "another rank")
-        if config.checkpoint_every > 0 and saved_step != progress.step:
-            raise OSError("the last checkpoint was not saved; the reason stands above")
-
-
-def report_end(config: TrainConfig, progress: Progress, logger: MetricsLogger, by: str) -> None:
-    """Print how the run ended, and plot it if it is finished."""
-    log_dir = config.log_dir
-    saved = bool(checkpoint.list_checkpoints(log_dir))
+    has_checkpoints = config.checkpoint_every > 0
     if progress.step < config.max_steps:
-        remedy = "resume with the same command and --resume" if saved else "there is no checkpoint"
+        by = stop_signal.name or "another rank"
+        remedy = "resume with the same command and --resume" if has_checkpoints else "not saved"
         logger.print(f"stopped by {by} after {progress.step} steps; {remedy}")
-        return
-    try:
-        plot.plot_run(log_dir)
-        logger.print(f"done: metrics.jsonl, plot.png and report.md are in {log_dir}/")
-    except Exception as error:  # whatever it is: a run never fails because its picture does
-        logger.print(f"done, but no plot: {first_line(error)}")
-    if saved:
-        logger.print(
-            f'now try\npython eval.py --checkpoint {log_dir} --prompt "{config.sample_prompt}"'
-        )
+    elif rank == 0:
+        try:
+            plot.plot_run(config.log_dir)
+            logger.print(f"done: metrics.jsonl, plot.png and report.md are in {config.log_dir}/")
+        except Exception as error:  # whatever it is: a run never fails because its picture does
+            logger.print(f"done, but no plot: {first_line(error)}")
+        if has_checkpoints:
+            command = f"python eval.py --checkpoint {config.log_dir} --prompt"
+            logger.print(f'now try\n{command} "{config.sample_prompt}"')
+    if rank == 0 and has_checkpoints and writer.saved_step != progress.step:
+        raise OSError("the last checkpoint was not saved; the reason stands above")
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
-def initial_shape(config: TrainConfig, given: set[str]) -> GPTConfig:
-    """The shape of the model that a run starts from, maybe with a shorter context.
-
-    ``given`` are the fields that the user's --model flags set. Raises ValueError that names those
-    that contradict it.
-    """
-    source = config.init_from
-    if config.resume and checkpoint.list_checkpoints(config.log_dir):
-        source = str(config.log_dir)  # the run goes on without its source, which may be gone
-    if source is None:
-        raise ValueError(
-            f"--preset {config.preset} needs a model to start from: add --init-from gpt2, or a"
-            " checkpoint or log folder"
-        )
-    shape = GPTConfig(**hf.read_shape(checkpoint.find_checkpoint(source)))
-    context_length = shape.context_length
-    if config.preset == "finetune":
-        context_length = min(context_length, FINETUNE_CONTEXT)
-    problems = []
-    for name in given:
-        value = getattr(config.model, name)
-        if name == "context_length":
-            context_length = value
-        elif value != getattr(shape, name):
-            problems.append(f"model.{name} {value} must be {getattr(shape, name)} as in {source}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return replace(shape, context_length=context_length)
-
-
 def main(on_step: Callable[[Progress, GPT], None] | None = None) -> None:
     """Parse the flags and train. --preset chooses the defaults, which the other flags override."""
     with exit_with_one_line(remedy="continue with the same command and --resume"):
-        # First only --preset, because tyro needs the defaults before it parses anything. It is
-        # tyro that refuses a name that is missing or unknown, with the names that there are.
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--preset", nargs="?")
-        name = parser.parse_known_args()[0].preset
-        preset = PRESETS.get(name, PRESETS["gpt-xs"])
-        config = parse(TrainConfig, description=__doc__, default=preset)
+        config = parse(TrainConfig, description=__doc__, presets=PRESETS)
         dist_info = DistInfo.initialize(config.device)
         # If the ranks disagreed on the next line, some would wait there for the others.
         dist_info.require_equal({"preset": config.preset, "init_from": config.init_from})
         if config.init_from is not None or config.preset == "finetune":
-            flags = [word for word in sys.argv if word.startswith("--model.")]
-            given = {flag[8:].split("=")[0].replace("-", "_") for flag in flags}
-            shape = dist_info.on_rank_0(lambda: initial_shape(config, given))
-            config = replace(config, model=shape)
+            log_dir = config.log_dir if config.resume else None
+            asked, default = asdict(config.model), asdict(PRESETS[config.preset].model)
+            shape = dist_info.on_rank_0(
+                lambda: finetune.initial_shape(config.init_from, log_dir, asked, default)
+            )
+            config = replace(config, model=GPTConfig(**shape))
         try:
             train(config, dist_info, on_step)
         except RuntimeError as error:
-            raise explain(error, config.micro_batch) from error
+            raise compiler.explain(error, config.micro_batch) from error
         # Reached only after success: after an error NCCL would wait here for the other ranks.
         if dist.is_initialized():
             dist.destroy_process_group()

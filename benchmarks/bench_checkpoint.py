@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -52,15 +53,7 @@ def build(options: Options) -> tuple[GPT, torch.optim.Optimizer, TrainingState]:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    state = TrainingState(
-        step=0,
-        optimizer=optimizer.state_dict(),
-        rng=torch.get_rng_state(),
-        settings={},
-        best_val=0.0,
-        skipped=0,
-        losses=[],
-    )
+    state = TrainingState({"step": 0}, settings={}, optimizer=optimizer.state_dict(), scaler={})
     return model, optimizer, state
 
 
@@ -100,19 +93,24 @@ def main() -> None:
     log_dir = Path(tempfile.mkdtemp(prefix=".bench_checkpoint_", dir=options.folder))
     try:
         model, optimizer, state = build(options)
-        writer = checkpoint.Writer(log_dir, keep=0)  # to delete is not part of what is compared
         pauses = []
         saves = []
         plains = []
+
+        def report(kind: str, step: int, row: dict[str, Any]) -> None:
+            pauses.append(row["seconds"])
+            saves.append(row["seconds"] + row["write_seconds"])
+
+        # Nothing is deleted by the writer: that is not part of what is compared.
+        writer = checkpoint.Writer(log_dir, keep=0, report=report, warn=sys.exit)
         for step in range(options.rounds):
-            writer.start(model.weights(), asdict(model.config), replace(state, step=step))
-            saved = writer.finished(wait=True)
-            assert saved is not None
-            pauses.append(saved.pause)
-            saves.append(saved.pause + saved.seconds)
-            for old in checkpoint.list_checkpoints(log_dir)[1:]:
+            state = replace(state, progress={"step": step})
+            writer.start(model.weights(), asdict(model.config), state)
+            writer.collect(wait=True)
+            newest, *older = checkpoint.list_checkpoints(log_dir)
+            for old in older:
                 shutil.rmtree(old)
-            size = sum(file.stat().st_size for file in saved.folder.iterdir())
+            size = sum(file.stat().st_size for file in newest.iterdir())
             plains.append(plain_write(log_dir / "plain", size))
         verifying, loading = resume(log_dir, optimizer)
         save = statistics.median(saves)

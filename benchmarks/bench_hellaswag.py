@@ -27,7 +27,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import hellaswag
-from gptxs.distributed import choose_device, choose_dtype
+from gptxs.distributed import DistInfo, choose_device, choose_dtype
 from gptxs.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -90,7 +90,7 @@ def count_multiplications(model: GPT, records: Records) -> tuple[int, int]:
     examples = tokenize(records, "completion")
     device = model.lm_head.weight.device
     ours = 0
-    for inputs, targets in hellaswag.pack_for(device, examples, model.config.context_length):
+    for inputs, targets in hellaswag.pack_for(device, examples, model.config):
         ours += inputs[0].numel() * body + targets.size(1) * head
     padded = 0
     for request in (example.requests[0] for example in examples):
@@ -154,7 +154,8 @@ def main() -> None:
 
     def ours(records: Records, convention: str = "both") -> None:
         # Tokenized and packed each time, although a training run does that once.
-        hellaswag.predict(model, tokenize(records, convention), device, dtype=dtype).tolist()
+        dist_info = DistInfo(rank=0, world_size=1, device=device)
+        hellaswag.predict(model, tokenize(records, convention), dist_info, dtype=dtype).tolist()
 
     def padded(records: Records) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -192,9 +192,9 @@ class BlockingLoader:
         pass
 
 
-def silent_logger(**settings: Any) -> metrics.MetricsLogger:
+def silent_logger(log_dir: Path, **settings: Any) -> metrics.MetricsLogger:
     """A logger that reads the numbers of the steps, and reports none."""
-    return metrics.MetricsLogger(**{**settings, "enabled": False})
+    return metrics.MetricsLogger(log_dir, **{**settings, "enabled": False})
 
 
 def torch_attention(model: GPT) -> AbstractContextManager[None]:
@@ -335,7 +335,7 @@ def measure_alone(
     torch.set_float32_matmul_precision("high")
     device = torch.device("cpu")
     if row.config.compile:
-        compiler_problem(device)  # so that the compiler's own memory is not counted
+        compiler_problem(device, steps=1000)  # so that the compiler's own memory is not counted
     start_profiler()
     measured = measure([row], bench.rounds, device)
     return (row.memory_gb, row.in_products, row.seconds) if measured else None

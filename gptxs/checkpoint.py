@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gptxs.cli import first_line
 from gptxs.files import fsync
 from gptxs.hf import write_model
 from gptxs.hub import local_folder
@@ -44,20 +46,21 @@ IGNORED_SETTINGS = ("resume", "log_dir", "init_sha256")
 class TrainingState:
     """What a run needs besides the weights to continue as if it had never stopped."""
 
-    step: int  # optimizer updates made so far
-    optimizer: dict[str, Any]  # the optimizer's state_dict
-    rng: Tensor  # state of torch's random number generator on the CPU
+    progress: dict[str, Any]  # the step, and what else train.py counts
     settings: dict[str, Any]  # the configuration, as in metrics.jsonl, and the data's fingerprint
-    best_val: float  # lowest validation loss so far
-    skipped: int  # updates skipped in a row because the gradient was not finite
-    losses: list[float]  # the most recent training losses, for the z-score
-    scaler: dict[str, float | int] = field(default_factory=dict)  # the loss scaler's, of fp16
+    optimizer: dict[str, Any]  # the optimizer's state_dict
+    scaler: dict[str, Any]  # the loss scaler's, empty but for fp16
+    rng: Tensor = field(default_factory=torch.get_rng_state)  # of the generator on the CPU
 
 
 def list_checkpoints(log_dir: Path) -> list[Path]:
     """The checkpoints in a log folder, newest first."""
     folders = [path for path in log_dir.glob("step_*") if path.is_dir()]
     return sorted([path for path in folders if path.name[5:].isdecimal()], key=_step, reverse=True)
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:06d}"
 
 
 def _step(folder: Path) -> int:
@@ -139,57 +142,53 @@ def _checksum(path: Path) -> list[int]:
         return [file.tell(), crc]
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint that is complete."""
-
-    step: int
-    folder: Path
-    seconds: float  # that it took, with the deletion of old checkpoints
-    pause: float = 0.0  # seconds that training waited, if a Writer has saved it
-
-
+@dataclass
 class Writer:
     """Writes the checkpoints of a run in a thread, one at a time, while training continues."""
 
-    def __init__(self, log_dir: Path, keep: int) -> None:
-        """Write to ``log_dir`` and keep only the newest ``keep`` checkpoints (0: all)."""
-        self._log_dir = log_dir
-        self._keep = keep
+    log_dir: Path
+    keep: int  # only so many of the newest checkpoints; 0: all
+    # Given "checkpoint", the step and the figures of each that is complete.
+    report: Callable[[str, int, dict[str, Any]], None]
+    warn: Callable[[str], None]  # given a line for each that failed: a full disk ends no run
+    saved_step: int | None = None  # of the newest complete checkpoint
+
+    def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._pending: Future[Saved] | None = None
-        self._pause = 0.0
+        self._pending: Future[float] | None = None
+        self._step = 0  # of the pending save
+        self._pause = 0.0  # seconds that training waited for it
         # The next step updates the weights and moments in place, so the thread writes host copies:
         # 1.5 GB for 124M and AdamW, 2.5 GB if pinned, which torch rounds up to powers of two.
         self._copies: dict[str, Tensor] = {}
 
     def start(self, weights: Weights, shape: Shape, state: TrainingState) -> None:
-        """Copy the run to host memory and start to write the copy.
-
-        Collect the previous save with ``finished`` first: both use the same host buffers.
-        """
-        if self._pending is not None:
-            raise RuntimeError("the previous checkpoint is still being written")
+        """Copy the run to host memory and start to write the copy, after the previous save."""
+        self.collect(wait=True)  # both use the same host buffers
         start = time.perf_counter()
         weights = self._copy("model", weights)
         optimizer = self._copy("optimizer", state.optimizer)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # the copies were only queued
-        state = replace(state, optimizer=optimizer, rng=state.rng.clone())
+        state = replace(state, optimizer=optimizer)
+        self._step = state.progress["step"]
         self._pause = time.perf_counter() - start
-        self._pending = self._thread.submit(save, self._log_dir, weights, shape, state, self._keep)
+        self._pending = self._thread.submit(save, self.log_dir, weights, shape, state, self.keep)
 
-    def finished(self, wait: bool = False) -> Saved | None:
-        """The result of the pending save, once. With ``wait`` it blocks until the save has ended.
-
-        None if it is still being written or there is none. Raises OSError if the save failed.
-        """
+    def collect(self, wait: bool = False) -> None:
+        """Report the pending save if it has ended; with ``wait``, wait until it has."""
         pending = self._pending
         if pending is None or not (wait or pending.done()):
-            return None
+            return
         futures.wait([pending])  # if a signal's handler raises here, _pending is still set
         self._pending = None
-        return replace(pending.result(), pause=self._pause)
+        try:
+            figures = {"seconds": self._pause, "write_seconds": pending.result()}
+        except OSError as error:
+            self.warn(f"checkpoint not saved: {first_line(error)}")
+            return
+        self.saved_step = self._step
+        self.report("checkpoint", self._step, {"path": folder_name(self._step), **figures})
 
     def _copy(self, name: str, value: Any) -> Any:
         """Nested dicts, their tensors copied to host buffers; ``name`` is a buffer's key."""
@@ -203,14 +202,15 @@ class Writer:
         return self._copies[name].copy_(value.detach(), non_blocking=value.is_cuda)
 
 
-def save(log_dir: Path, weights: Weights, shape: Shape, state: TrainingState, keep: int) -> Saved:
-    """Write the checkpoint of ``state.step``, then delete old ones but for ``keep`` (0: keep all).
+def save(log_dir: Path, weights: Weights, shape: Shape, state: TrainingState, keep: int) -> float:
+    """Write the checkpoint of a step, then delete old ones but for ``keep`` (0: keep all).
 
-    Raises OSError on failure. If writing the files failed, nothing of them is left and no old
-    checkpoint was deleted.
+    Returns the seconds that it took. Raises OSError on failure. If writing the files failed,
+    nothing of them is left and no old checkpoint was deleted.
     """
     start = time.perf_counter()
-    final = log_dir / f"step_{state.step:06d}"
+    step = state.progress["step"]
+    final = log_dir / folder_name(step)
     partial = log_dir / f".partial_{final.name}"
     _require_finite(weights, state)
     try:
@@ -224,7 +224,7 @@ def save(log_dir: Path, weights: Weights, shape: Shape, state: TrainingState, ke
         partial.rename(final)
         fsync(log_dir)
         # Later steps do not count: they are damaged, or this run would have resumed from them.
-        older = [path for path in list_checkpoints(log_dir) if _step(path) < state.step]
+        older = [path for path in list_checkpoints(log_dir) if _step(path) < step]
         for old in older[keep - 1 :] if keep else []:
             with suppress(OSError):  # the user may move or lock any of them at any time
                 old.rename(log_dir / f".partial_{old.name}")
@@ -232,7 +232,7 @@ def save(log_dir: Path, weights: Weights, shape: Shape, state: TrainingState, ke
         raise OSError(f"{final} could not be written: {error}") from error
     finally:
         _remove_partial(log_dir)
-    return Saved(state.step, final, time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
 def _remove_partial(log_dir: Path) -> None:
@@ -248,7 +248,7 @@ def _require_finite(weights: Weights, state: TrainingState) -> None:
     for name, tensor in tensors.items():
         low, high = torch.aminmax(tensor.detach())  # NaN passes through both
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise OSError(f"step {state.step} was not saved: {name} is not finite")
+            raise OSError(f"{name} is not finite")
 
 
 def _write_files(folder: Path, weights: Weights, shape: Shape, state: TrainingState) -> None:
@@ -304,7 +304,7 @@ def load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any], folder: Pat
 
 
 def compare_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:
-    """One message for each setting that differs from those of the checkpoint in ``folder``.
+    """A note for each setting that differs from those of the checkpoint in ``folder``.
 
     Raises ValueError, with all of them, when some of these would make it another run.
     """
@@ -318,7 +318,10 @@ def compare_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -
         change = f"{name} was {saved.get(name)}, is now {value}"
         if name == "data":  # hundreds of shards: no message could show them
             change = f"the shards are not the same ({_data_difference(saved[name], value)})"
-        (refused if name in FIXED_SETTINGS else changes).append(change)
+        if name in FIXED_SETTINGS:
+            refused.append(change)
+        else:
+            changes.append(f"resuming with another setting: {change}")
     if refused:
         problems = "; ".join(refused)
         remedy = "use the saved settings, or a new --log-dir"

@@ -14,14 +14,19 @@ import torch._functorch.config
 from gptxs.cli import first_line
 
 FIRST_TRACED_STEP = 5  # counted from 1: earlier ones compile and allocate
+CPU_STEPS = 200  # compiling takes a CPU about a minute: fewer steps do not recoup it
 
 
-def compiler_problem(device: torch.device) -> str | None:
-    """Compile a tiny function: the error's first line, or None where torch.compile works.
+def compiler_problem(device: torch.device, steps: int) -> str | None:
+    """Why not to compile a run of that many steps; None where torch.compile works and pays.
 
     A laptop may lack the C++ compiler that Inductor needs. The model itself would fail only in its
     first backward pass, where torch's fall-back to uncompiled code does not apply.
     """
+    if device.type == "mps":
+        return "on mps compiled code may compute other numbers (pytorch#171764)"
+    if device.type == "cpu" and steps < CPU_STEPS:
+        return f"fewer than {CPU_STEPS} steps do not recoup it"
     x = torch.ones(2, device=device, requires_grad=True)
     try:
         torch.compile(torch.sin)(x).sum().backward()

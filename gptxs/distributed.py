@@ -132,10 +132,10 @@ class DistInfo:
         texts = {name: str(value) for name, value in facts.items()}
         for rank, other in enumerate(self.gather(texts)):
             for name, text in texts.items():
-                if other[name] != text:
+                if other.get(name) != text:
                     raise ValueError(
-                        f"all ranks must have the same settings and data, but {name} is"
-                        f" {text[:100]} here and {other[name][:100]} on rank {rank}"
+                        f"all ranks must have the same settings and data, but {name} is {text}"
+                        f" here and {other.get(name, 'not there')} on rank {rank}"
                     )
 
 

@@ -76,22 +76,17 @@ def lock_folder(folder: Path, flag: str) -> filelock.BaseFileLock:
 
 
 def decode_text(data: bytes, where: str) -> str:
-    """UTF-8 without its byte order mark.
-
-    Raises ValueError, with the command that converts it, for UTF-16 and for what is not UTF-8.
-    """
-    encoding = ""
+    """UTF-8 without its mark; ValueError, which says how to convert it, for other encodings."""
     start = data[:4096]
     # Every second byte of English in UTF-16 is 0, so that without a mark it would pass as UTF-8.
     if start.startswith((b"\xff\xfe", b"\xfe\xff")) or start.count(0) > len(start) // 4:
         encoding = "UTF-16"
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        encoding = encoding or "WINDOWS-1252"
-    if encoding:
-        raise ValueError(
-            f"{where} is not UTF-8 but, it seems, {encoding}; convert it with"
-            f" `iconv -f {encoding} -t UTF-8`"
-        )
-    return text
+    else:
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            encoding = "WINDOWS-1252"
+    raise ValueError(
+        f"{where} is not UTF-8 but, it seems, {encoding}; convert it with"
+        f" `iconv -f {encoding} -t UTF-8`"
+    )

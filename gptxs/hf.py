@@ -164,9 +164,7 @@ def write_model(
         **ARCHITECTURE,
         **{theirs: shape[ours] for ours, theirs in HF_NAMES.items()},
         **special_tokens,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
         "architectures": ["GPT2LMHeadModel"],
         "n_ctx": shape["context_length"],  # the name that llama.cpp's converter looks for
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -219,16 +217,15 @@ def export_model(
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:VOCAB_SIZE]
     write_model(out, weights, shape, dtype)
     name = out.resolve().name
+    task = "text-generation"
+    measured = [EvalResult(task, where, where, what, v) for (where, what), v in results.items()]
     data = ModelCardData(
         license="mit",
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         datasets=[dataset] if "/" in dataset else None,  # ids of the hub only
         model_name=name,
-        eval_results=[
-            EvalResult("text-generation", source, source, metric, value)
-            for (source, metric), value in results.items()
-        ],
+        eval_results=measured,
     )
     millions = sum(value.numel() for value in weights.values()) / 1e6
     parts = [
@@ -237,11 +234,10 @@ def export_model(
         f"GPT-2 of {millions:.1f}M parameters, trained with GPT-xs on {dataset}.",
     ]
     report = folder.parent / "report.md"
-    picture = folder.parent / "plot.png"
     if report.exists():
         # Its first table, of results. The others hold the paths of this machine.
         parts += re.findall(r"(?:^\|.*\n)+", report.read_text(encoding="utf-8"), re.MULTILINE)[:1]
-    if picture.exists():
-        shutil.copy(picture, out)
-        parts.append(f"![The run's curves]({picture.name})")
+    if (folder.parent / "plot.png").exists():
+        shutil.copy(folder.parent / "plot.png", out)
+        parts.append("![The run's curves](plot.png)")
     (out / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

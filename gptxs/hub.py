@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import socket
-import urllib.request
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from huggingface_hub import constants
 
@@ -20,23 +18,20 @@ def require_hub() -> None:
     """Raise in seconds for what the hub's client would try for minutes: a wrong name or proxy."""
     if constants.HF_HUB_OFFLINE:  # the client reads only its cache
         return
-    url = urlsplit(constants.ENDPOINT)
-    if url.scheme not in ("http", "https") or not url.hostname:
+    if not constants.ENDPOINT.startswith(("https://", "http://")):
         raise ValueError(f"HF_ENDPOINT {constants.ENDPOINT} must begin with https://")
-    proxies = urllib.request.getproxies()
-    kind = "all" if "all" in proxies and url.scheme not in proxies else url.scheme
-    proxy = "" if urllib.request.proxy_bypass(url.hostname) else proxies.get(kind, "")
-    proxy = proxy.rpartition("@")[2]  # a message must not show its password
-    target = urlsplit(f"//{proxy.rpartition('//')[2]}") if proxy else url
-    port = target.port or (443 if target.scheme == "https" else 80)
+    from huggingface_hub import get_session  # takes a moment
+
     try:
-        # The hub's name has up to four addresses, which are tried one after the other.
-        socket.create_connection((target.hostname, port), timeout=4).close()
-    except OSError as error:
+        # As the client itself asks, through proxies and with its certificates; any answer will do.
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # the client's own have no base in common
+        # A message must not show a proxy's password.
+        proxies = [f"{k.upper()}_PROXY {v.rpartition('@')[2]}" for k, v in getproxies().items()]
         raise ConnectionError(
-            f"the hub cannot be reached ({error}) with HF_ENDPOINT {constants.ENDPOINT} and"
-            f" {kind.upper()}_PROXY {proxy or 'not set'}; HF_HUB_OFFLINE=1 uses what was"
-            " downloaded before, and local files need no hub"
+            f"the hub cannot be reached with HF_ENDPOINT {constants.ENDPOINT} and"
+            f" {', '.join(proxies) or 'no proxy'} ({first_line(error)}); HF_HUB_OFFLINE=1 uses what"
+            " was downloaded before, and local files need no hub"
         ) from None
 
 
@@ -56,6 +51,6 @@ def local_folder(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=MODEL_FILES + TOKENIZER_FILES))
     except errors.RepositoryNotFoundError:  # private ones too, unless `hf auth login`
         raise FileNotFoundError(f"{source}: no such folder, and not on the hub") from None
-    except Exception as error:  # the client's own have no base in common
+    except Exception as error:
         kind = ValueError if isinstance(error, ValueError) else ConnectionError
         raise kind(f"{source}: no such folder, and no download: {first_line(error)}") from None

@@ -1,6 +1,6 @@
 """What a run reports: metrics.jsonl, the console, torch.TensorBoard and Weights & Biases.
 
-Rank 0 alone writes. A full disk or a tracker that fails is reported once and never ends a run.
+Rank 0 alone writes. A full disk or a tracker that fails is reported and never ends a run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -29,29 +28,30 @@ if TYPE_CHECKING:  # plot.py needs the rows of this module, and not to wait for 
     import torch
 
 # Dense peaks in TFLOP/s, bf16 or fp16 with sums in fp32, from NVIDIA's and AMD's data sheets and
-# white papers (half of a figure with sparsity). Another card is one more line here.
+# white papers (half of a figure with sparsity), by torch.cuda.get_device_name(). Another card is
+# one more line here.
 PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "GH200": 989.4,
-    "H200": 989.4,
-    "H100": 989.4,
-    "H100 NVL": 835.0,
-    "H100 PCIE": 756.0,
-    "A100": 312.0,
-    "A100 PCIE": 312.0,
-    "L40S": 362.05,
-    "L4": 121.0,
-    "A10G": 70.0,
-    "RTX 5090": 209.5,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-    "T4": 65.0,
-    "V100 SXM2": 125.0,
-    "MI300X": 1307.4,
+    "NVIDIA B200": 2250.0,
+    "NVIDIA GH200 480GB": 989.4,
+    "NVIDIA H200": 989.4,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA H100 NVL": 835.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA L40S": 362.05,
+    "NVIDIA L4": 121.0,
+    "NVIDIA A10G": 70.0,
+    "NVIDIA GeForce RTX 5090": 209.5,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 3090": 71.0,
+    "Tesla T4": 65.0,
+    "Tesla V100-SXM2-16GB": 125.0,
+    "Tesla V100-SXM2-32GB": 125.0,
+    "AMD Instinct MI300X": 1307.4,
 }
-# Words of a device's name: its maker, its line, its memory, and modules there is but one of. With
-# any other word, such as LAPTOP, TI, NVL or the MIG of a part of a GPU, it is another device.
-NOT_THE_MODEL = re.compile("NVIDIA|TESLA|GEFORCE|AMD|INSTINCT|[0-9]+GB?|HBM3E?|SXM[456]|OAM|VF")
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -71,10 +71,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def peak_flops(device_name: str, dtype: str, devices: int = 1) -> float | None:
     """Dense FLOP/s of that many GPUs in bfloat16 or float16; None where none is known."""
-    words = re.split(r"[ -]+", device_name.upper())
-    model = " ".join(word for word in words if not NOT_THE_MODEL.fullmatch(word))
-    known = model in PEAK_TFLOPS and dtype in ("bfloat16", "float16")
-    return PEAK_TFLOPS[model] * 1e12 * devices if known else None
+    peak = PEAK_TFLOPS.get(device_name) if dtype in ("bfloat16", "float16") else None
+    return peak * 1e12 * devices if peak else None
 
 
 def device_name(device: torch.device) -> str:
@@ -157,16 +155,20 @@ class MetricsLogger:
     log_dir: Path
     enabled: bool
     device: torch.device
+    dtype: torch.dtype
+    world_size: int
     max_steps: int
     tokens_per_step: int
     flops_per_step: int
-    peak_flops: float | None  # of all devices together, per second; None: no MFU is reported
-    # Of the newest steps, against which a spike is measured; checkpoints keep them.
-    losses: deque[float] = field(default_factory=lambda: deque(maxlen=128))
+    # Of the newest 128 steps, against which a spike is measured; checkpoints keep them.
+    losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._dtype_name = str(self.dtype).removeprefix("torch.")
+        self._device_name = device_name(self.device)
+        # Of all devices together; None: no MFU is reported.
+        self._peak_flops = peak_flops(self._device_name, self._dtype_name, self.world_size)
         self._trackers: list[Any] = []  # each with log() and finish()
-        self._write_failed = False  # the newest line: a full disk is reported once, not each step
         # Steps whose numbers may still be on their way: step, learning rate, stats, arrival.
         self._pending: deque[tuple[int, float, torch.Tensor, torch.cuda.Event | None]] = deque()
         self._seconds: deque[float] = deque(maxlen=100)  # of the newest steps
@@ -179,7 +181,13 @@ class MetricsLogger:
 
             versions: dict[str, Any] = {"python": platform.python_version()}
             versions.update(torch=torch.__version__, numpy=np.__version__, cuda=torch.version.cuda)
-            self.write("run", step, {**row, "versions": versions, "git_commit": git_commit()})
+            row = {**row, "device": self._device_name, "dtype": self._dtype_name}
+            row.update(world_size=self.world_size, versions=versions, git_commit=git_commit())
+            self.write("run", step, row)
+            self.print(
+                f"{row['parameters']:,} parameters, {self.tokens_per_step:,} tokens a step, in"
+                f" {self._dtype_name} on {self.world_size} x {self._device_name}"
+            )
             # After that line, whose numbers are facts about the run and not curves.
             if tensorboard:
                 self._trackers.append(TensorBoard(self.log_dir, start_step=step))
@@ -187,8 +195,8 @@ class MetricsLogger:
                 self._trackers.append(start_wandb(self.log_dir, row["config"]))
         self._step_start = time.perf_counter()
 
-    def log_step(self, step: int, lr: float, stats: torch.Tensor) -> list[StepStats]:
-        """Report a step, on a GPU the one before, and return what has been read.
+    def log_step(self, step: int, lr: float, stats: torch.Tensor) -> None:
+        """Take the numbers of a step, which ``read_steps`` reports.
 
         ``stats`` (4,) holds its loss, the stop requests, the gradient's norm and the loss scale.
         """
@@ -196,17 +204,22 @@ class MetricsLogger:
         if stats.device.type == "cuda":
             import torch
 
-            # To read them now would leave the GPU without work while the host queues the next step.
-            # Waiting for the step before does not: this one is queued already.
             stats = stats.to("cpu", non_blocking=True)  # into pinned memory, which torch allocates
             arrived = torch.cuda.current_stream().record_event()
         self._pending.append((step, lr, stats, arrived))
-        return self.flush(keep=0 if arrived is None else 1)
 
-    def flush(self, keep: int = 0) -> list[StepStats]:
-        """Report and return the pending steps but the newest ``keep``; waits for their numbers."""
-        read = []
-        while len(self._pending) > keep:
+    def read_steps(self, wait: bool) -> list[StepStats]:
+        """Report and return the steps whose numbers are known; with ``wait``, those of all steps.
+
+        On a GPU the newest step is left for the next call: to wait for it would leave the GPU
+        without work while the host queues the next. The one before has ended, or soon will have.
+        """
+        read: list[StepStats] = []
+        while self._pending:
+            is_newest = len(self._pending) == 1 and self._pending[0][3] is not None
+            # After a request to stop there is no next step.
+            if is_newest and not (wait or any(stats.stop for stats in read)):
+                break
             step, lr, values, arrived = self._pending.popleft()
             # Not synchronize(): until it returned, a signal's handler could not run.
             while arrived is not None and not arrived.query():
@@ -227,13 +240,14 @@ class MetricsLogger:
         self._step_start = now
         self._seconds.append(seconds)
         tokens_per_s = self.tokens_per_step / seconds
-        mfu = self.flops_per_step / seconds / self.peak_flops if self.peak_flops else None
+        mfu = self.flops_per_step / seconds / self._peak_flops if self._peak_flops else None
         memory_gb = peak_memory_gb(self.device)
         # A spike shows in standard deviations above the losses before it, if there are enough.
         deviation = float(np.std(self.losses)) if len(self.losses) >= 16 else 0.0
         z = float(loss - np.mean(self.losses)) / deviation if deviation else 0.0
         if math.isfinite(loss):
             self.losses.append(loss)
+            del self.losses[:-128]
         row: dict[str, Any] = {"loss": loss, "z": z, "lr": lr, "grad_norm": norm}
         row.update(ms=seconds * 1e3, tokens_per_s=tokens_per_s, mfu=mfu, memory_gb=memory_gb)
         note = ""
@@ -287,11 +301,8 @@ class MetricsLogger:
                     file.seek(-1, os.SEEK_END)
                     line = line if file.read(1) == b"\n" else b"\n" + line
                 file.write(line)
-            self._write_failed = False
         except OSError as error:
-            if not self._write_failed:
-                self.print(f"{path}: {error}; training continues without these metrics")
-            self._write_failed = True
+            self.print(f"{path}: {error}; training continues without this line")
         numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         self._call_trackers("log", {**numbers, "step": step})
 

@@ -110,13 +110,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.found_inf = torch.zeros((), device=device)
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        muon: dict[str, Any] = {
-            "params": weights,
-            "lr": 0.0,
-            "lr_scale": lr_scale,
-            "weight_decay": weight_decay,
-            "momentum": 0.95,
-        }
+        muon: dict[str, Any] = {"params": weights, "lr": 0.0, "lr_scale": lr_scale}
+        muon |= {"weight_decay": weight_decay, "momentum": 0.95}
         super().__init__([muon, *adamw.param_groups], defaults={})
         self._share_state()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import mmap
 import re
@@ -12,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gptxs.files import atomic_write
+from gptxs.files import atomic_write, sha256
 from gptxs.tokenizer import END_OF_TEXT
 
 # The header of llm.c's and modded-nanogpt's .bin: 256 int32, the third is the number of tokens.
 BIN_MAGIC_AND_VERSION = [20240520, 1]
-BIN_HEADER_BYTES = 256 * 4
 DIGEST_BLOCKS = 16  # of 8 KiB, so that 100 shards take a moment
 DIGEST_TOKENS = 4096
 
@@ -37,29 +35,20 @@ class Shard:
         return np.frombuffer(content, dtype="<u2", count=self.tokens, offset=self.header_bytes)
 
 
-def shard_name(name: str, split: str, number: int) -> str:
-    """The file of a shard as dataset.py and build-nanogpt write it."""
-    return f"{name}_{split}_{number:06d}.npy"
-
-
 def read_header(path: Path) -> Shard:
     """Read a shard's header, not its tokens; ValueError, naming the file, for a damaged one."""
     file_bytes = path.stat().st_size
     tokens, header_bytes = file_bytes // 2, 0  # nanoGPT's .bin and datatrove's .ds have no header
-    with path.open("rb") as file:
-        if path.suffix == ".npy":
-            try:
-                np.lib.format.read_magic(file)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            except Exception as error:  # NumPy parses it as Python, which raises a dozen kinds
-                raise ValueError(f"{path} is not a valid .npy file; write it again") from error
-            if dtype != np.dtype("<u2") or len(shape) != 1:
-                raise ValueError(f"{path} holds {dtype} {shape}, not tokens: uint16 (tokens,)")
-            tokens, header_bytes = shape[0], file.tell()
-        else:
-            header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
-            if header[:2] == BIN_MAGIC_AND_VERSION:
-                tokens, header_bytes = header[2], BIN_HEADER_BYTES
+    if path.suffix == ".npy":
+        try:
+            array = np.lib.format.open_memmap(path, mode="r")
+        except Exception as error:  # NumPy parses the header as Python, which raises a dozen kinds
+            raise ValueError(f"{path} is not a valid .npy file, or damaged: {error}") from error
+        if array.dtype != np.dtype("<u2") or array.ndim != 1:
+            raise ValueError(f"{path} holds {array.dtype} {array.shape}, not uint16 (tokens,)")
+        tokens, header_bytes = array.size, array.offset
+    elif np.fromfile(path, "<i4", count=2).tolist() == BIN_MAGIC_AND_VERSION:
+        tokens, header_bytes = int(np.fromfile(path, "<i4", count=3)[-1]), 256 * 4
     if file_bytes != header_bytes + 2 * tokens:
         raise ValueError(f"{path} is damaged: {file_bytes} bytes for {tokens} tokens")
     return Shard(path, tokens, header_bytes)
@@ -68,11 +57,10 @@ def read_header(path: Path) -> Shard:
 def digest(shard: Shard) -> str:
     """SHA-256 of blocks all over the shard, its beginning and end included, in hexadecimal."""
     tokens = shard.map_tokens()
-    length = min(len(tokens), DIGEST_TOKENS)
-    content = hashlib.sha256()
-    for start in np.linspace(0, len(tokens) - length, num=DIGEST_BLOCKS, dtype=np.int64):
-        content.update(tokens[start : start + length].tobytes())
-    return content.hexdigest()
+    last = max(0, len(tokens) - DIGEST_TOKENS)
+    starts = np.linspace(0, last, num=DIGEST_BLOCKS, dtype=np.int64)
+    blocks = [tokens[start : start + DIGEST_TOKENS].tobytes() for start in starts]
+    return hashlib.sha256(b"".join(blocks)).hexdigest()
 
 
 @dataclass
@@ -88,16 +76,11 @@ class ShardRecord:
 
 def save_shard(path: Path, tokens: np.ndarray, following: list[int]) -> ShardRecord:
     """Write tokens (n,) uint16 as np.save does; ``following`` is the record's ``next``."""
-    header = io.BytesIO()
-    fields = {"descr": "<u2", "fortran_order": False, "shape": tokens.shape}
-    np.lib.format.write_array_header_1_0(header, fields)
-    sha256 = hashlib.sha256(header.getvalue())
-    sha256.update(tokens.data)
     with atomic_write(path) as file:
-        file.write(header.getvalue())
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
         file.write(tokens.data)  # not np.save, whose errors lack the system's reason
     documents = int(np.count_nonzero(tokens == END_OF_TEXT))
-    return ShardRecord(path.name, len(tokens), sha256.hexdigest(), documents, following)
+    return ShardRecord(path.name, len(tokens), sha256(path), documents, following)
 
 
 @dataclass
@@ -145,8 +128,7 @@ def check_complete(folder: Path) -> None:
 def find_shards(folder: Path, split: str) -> list[Shard]:
     """The shards of a split in the order of their names; where index.json is, those it lists.
 
-    Raises FileNotFoundError where there are none, ValueError for a damaged one and for shards of
-    several data sets.
+    Raises FileNotFoundError for none, ValueError for a damaged one and for several data sets.
     """
     index = ShardIndex.read(folder)
     # The split is the last part of a name but for numbers. A copy "x_train_000001 (1).npy" does not

@@ -62,9 +62,8 @@ class Piece:
 def suffix_of(file: str) -> str:
     """What tells a file's format: ".jsonl" for `A.JSONL.GZ`; "" for one that is not read."""
     stem, suffix = os.path.splitext(file.lower())
-    if suffix in COMPRESSIONS:
+    if suffix in COMPRESSIONS and not stem.endswith((".parquet", ".arrow")):
         suffix = os.path.splitext(stem)[1]
-        return suffix if suffix in SUFFIXES and suffix not in (".parquet", ".arrow") else ""
     return suffix if suffix in SUFFIXES else ""
 
 
@@ -103,15 +102,10 @@ def hub_files(
 def local_files(source: str) -> tuple[str, list[Path]]:
     """SHA-256 of the names and sizes of a path's, folder's or glob's files, and these in order.
 
-    A line says which files are left out. Raises FileNotFoundError or ValueError for none at all.
+    A line says which files are left out. Raises ValueError for none at all.
     """
     path = Path(source).expanduser()
     roots = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path)))]
-    if not roots:
-        raise FileNotFoundError(
-            f"--source {source}: no such file or folder; give fineweb-edu, stdlib, OWNER/NAME of"
-            " the hub or an existing path"
-        )
     found = [file for root in roots for file in (_walk(root) if root.is_dir() else [root])]
     files = [f for f in found if suffix_of(f.name) and f.name not in ARROW_METADATA]
     left_out = Counter(f.suffix or f.name for f in found) - Counter(f.suffix for f in files)
@@ -119,7 +113,9 @@ def local_files(source: str) -> tuple[str, list[Path]]:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
         print(f"{source}: files and linked folders not read: {kinds}", file=sys.stderr)
     if not files:
-        raise ValueError(f"--source {source}: no file ends in {', '.join(SUFFIXES)}")
+        problem = f"no file ends in {', '.join(SUFFIXES)}" if roots else "no such file or folder"
+        known = "fineweb-edu, stdlib, OWNER/NAME of the hub or a path"
+        raise ValueError(f"--source {source}: {problem}; give {known}")
     digest = hashlib.sha256()
     for file in files:
         if not file.is_file():  # a pipe, or a link to nothing
@@ -148,16 +144,16 @@ def _walk(folder: Path) -> list[Path]:
 def open_files(files: list[str], column: str) -> list[Piece]:
     """The pieces of files: a row group of Parquet, and of other formats a file."""
     pieces: list[Piece] = []
-    numbers = {file: number for number, file in enumerate(files)}
-    groups = itertools.groupby(files, lambda f: (suffix_of(f), numbers[f] // FILES_AT_ONCE))
-    for (suffix, _), of_one_format in groups:
+    for suffix, of_one_format in itertools.groupby(files, suffix_of):
         group = list(of_one_format)
         if suffix in TEXT_SUFFIXES:
             pieces += [Piece(file, partial(read_text, file)) for file in group]
         elif suffix == ".parquet" and not group[0].startswith("hf://"):
-            pieces += _open_parquet(group, column)
+            for file in group:
+                pieces += _open_parquet(file, column)
         else:
-            pieces += _open_streams(group, suffix, column)
+            for start in range(0, len(group), FILES_AT_ONCE):
+                pieces += _open_streams(group[start : start + FILES_AT_ONCE], suffix, column)
     return pieces
 
 
@@ -190,42 +186,34 @@ def _open_streams(files: list[str], suffix: str, column: str) -> list[Piece]:
     # Each table keeps the columns that it has: in JSON they differ from file to file.
     builder.info.features = stream.info.features = None
 
-    def split_file(file: str, of_file: Any) -> Any:
-        with naming(file):
-            return of_file.reshard()
-
-    def read(of_file: Any, index: int) -> Iterator[str | None]:
-        piece = of_file.shard(of_file.num_shards, index).with_format("arrow")
-        for table in piece.iter(ROWS_AT_ONCE):
+    def read(parts: Any, index: int) -> Iterator[str | None]:
+        part = parts.shard(parts.num_shards, index).with_format("arrow")
+        for table in part.iter(ROWS_AT_ONCE):
             yield from _texts(table, column)
 
-    of_files = [stream.shard(len(files), index) for index in range(len(files))]
+    def split_file(number: int) -> list[Piece]:
+        with naming(files[number]):
+            parts = stream.shard(len(files), number).reshard()
+        return [Piece(files[number], partial(read, parts, i)) for i in range(parts.num_shards)]
+
     with ThreadPoolExecutor(16) as pool:  # a hub takes long for each file's list of row groups
-        of_files = list(pool.map(split_file, files, of_files))
-    return [
-        Piece(file, partial(read, of_file, index))
-        for file, of_file in zip(files, of_files, strict=True)
-        for index in range(of_file.num_shards)
-    ]
+        return [piece for part in pool.map(split_file, range(len(files))) for piece in part]
 
 
-def _open_parquet(files: list[str], column: str) -> list[Piece]:
-    """Local Parquet files, read by pyarrow."""
+def _open_parquet(file: str, column: str) -> list[Piece]:
+    """The row groups of a local Parquet file, read by pyarrow."""
     import pyarrow.parquet as pq
 
-    def read(file: str, metadata: Any, group: int) -> Iterator[str | None]:
+    with naming(file):
+        metadata = pq.read_metadata(file)
+
+    def read(group: int) -> Iterator[str | None]:
         with pq.ParquetFile(file, metadata=metadata) as opened:
-            columns = [column] if column in opened.schema_arrow.names else None
-            for batch in opened.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns):
+            _require_column(column, opened.schema_arrow.names)
+            for batch in opened.iter_batches(ROWS_AT_ONCE, [group], [column]):
                 yield from _texts(batch, column)
 
-    pieces: list[Piece] = []
-    for file in files:
-        with naming(file):
-            metadata = pq.read_metadata(file)
-        groups = range(metadata.num_row_groups)
-        pieces += [Piece(file, partial(read, file, metadata, group)) for group in groups]
-    return pieces
+    return [Piece(file, partial(read, group)) for group in range(metadata.num_row_groups)]
 
 
 def _require_column(column: str, names: list[str]) -> None:
@@ -235,14 +223,11 @@ def _require_column(column: str, names: list[str]) -> None:
 
 def _texts(table: Any, column: str) -> list[str | None]:
     """The texts of an Arrow table's column; ValueError where it has none."""
-    import pyarrow as pa
-
     _require_column(column, table.schema.names)
-    texts = table[column]
-    held = texts.type.value_type if pa.types.is_dictionary(texts.type) else texts.type
-    if str(held) not in ("string", "large_string", "string_view", "null"):
+    held = str(table[column].type).removeprefix("dictionary<values=")
+    if not held.startswith(("string", "large_string", "null")):
         raise ValueError(f"column `{column}` holds {held} and not text; give another --column")
-    return texts.to_pylist()
+    return table[column].to_pylist()
 
 
 def read_text(file: str) -> Iterator[str | None]:
@@ -250,10 +235,12 @@ def read_text(file: str) -> Iterator[str | None]:
 
     Text in which nothing can be cut, such as Chinese in one line, is held until its end.
     """
+    import fsspec  # takes 50 ms
+
     decoder = codecs.getincrementaldecoder("utf-8")()
     row_type: type[str] = str
     rest = ""
-    with _open(file) as opened:
+    with fsspec.open(file, "rb", compression="infer") as opened:
         for number in itertools.count():
             # As much again as could not be cut, so that the time is linear in such text too.
             block = opened.read(max(BLOCK_BYTES, len(rest)))
@@ -273,13 +260,6 @@ def read_text(file: str) -> Iterator[str | None]:
     yield row_type(rest) if rest.strip() else None
 
 
-def _open(file: str) -> Any:
-    """A file of the disk or the hub, decompressed."""
-    import fsspec  # takes 50 ms
-
-    return fsspec.open(file, "rb", compression="infer")
-
-
 @contextmanager
 def naming(file: str) -> Iterator[None]:
     """Give an error the name of the file, and another reason where its encoding is to blame."""
@@ -290,11 +270,10 @@ def naming(file: str) -> Iterator[None]:
         if is_systems or (file.startswith("hf://") and not isinstance(error, ValueError)):
             raise
         reason = first_line(error)
-        if isinstance(error, ValueError) and suffix_of(file) not in ("", ".parquet", ".arrow"):
-            with _open(file) as opened:
-                lines = opened.read(BLOCK_BYTES).rpartition(b"\n")[0]
+        cause = error if isinstance(error, UnicodeDecodeError) else error.__context__
+        if isinstance(cause, UnicodeDecodeError) and suffix_of(file) not in (".parquet", ".arrow"):
             try:
-                decode_text(getattr(error, "object", lines), "this file")
+                decode_text(cause.object, "this file")
             except ValueError as encoding:
                 reason = str(encoding)
         raise ValueError(f"{file}: {reason}") from error

@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts background jobs with SIGINT ignored, nohup with SIGHUP, and children inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
+    os.environ.pop(name, None)  # of a job around the tests
 
 
 @pytest.fixture
@@ -24,7 +26,6 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that has ended."""
     folder = tmp_path_factory.mktemp("finished")
     write_shards(folder / "data")
     run_well(folder)
@@ -33,5 +34,4 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the folder of a run that has ended."""
     return shutil.copytree(finished, tmp_path / "copy")

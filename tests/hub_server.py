@@ -3,9 +3,9 @@
     with HubServer({"owner/data": folder}) as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(tmp_path)})
 
-It answers the requests with which `datasets`, `huggingface_hub` and `transformers` read: about
-repositories, trees and paths, and for files, complete or in ranges. Every repository has one
-commit, whose id depends on its content. `hub.fault` may spoil answers on purpose.
+It answers what `datasets`, `huggingface_hub` and `transformers` ask of repositories, trees, paths
+and files. Each repository has one commit, whose id depends on its content. `hub.fault` may spoil
+answers on purpose.
 """
 
 import hashlib
@@ -20,8 +20,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection. URLs are those of huggingface.co; data sets have the prefix `datasets/`."""
-
     protocol_version = "HTTP/1.1"  # keeps connections open, as the real hub does
     server: "HubServer"
     breaks_off = False  # a fault sets it to have only half of the answer sent
@@ -103,20 +101,14 @@ class HubServer(ThreadingHTTPServer):
         self.fault: Callable[[Handler, Path], bool] | None = None
 
     def commit(self, repo: str) -> str:
-        """The 40 hex digits of the repository's only commit."""
         state = [f"{name} {_oid(self.repos[repo] / name)}" for name in _names(self.repos[repo])]
         return hashlib.sha1("\n".join(state).encode()).hexdigest()
 
     def environment(self, cache: Path) -> dict[str, str]:
         """What to add to a child's environment: the libraries read it when they are imported."""
-        return {
-            "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
-            "HF_HOME": str(cache),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
+        endpoint = f"http://127.0.0.1:{self.server_port}"
+        off = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        return {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1", **off}
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -138,6 +130,5 @@ def _oid(path: Path) -> str:
 
 def _entry(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
-    if path.is_dir():
-        return {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
-    return {"type": "file", "path": name, "oid": _oid(path), "size": path.stat().st_size}
+    kind = "directory" if path.is_dir() else "file"
+    return {"type": kind, "path": name, "oid": _oid(path), "size": path.stat().st_size}

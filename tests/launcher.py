@@ -1,9 +1,9 @@
 """Starts train.py many times at the price of one import.
 
-Python's fork server imports train.py once and forks a child for each run. The child sets torchrun's
-environment, runs ``train.main()`` with real flags and ends with a real exit code, so it can be
-killed, starved and signalled like any process. Faults are functions that are called before each
-step, or before the run, and may replace what they like: nobody else uses that process.
+Python's fork server imports train.py once and forks a child for each run, which has torchrun's
+environment, real flags and a real exit code, and can be killed and signalled like any process.
+Faults are functions that are called before each step, or before the run, and may replace what they
+like: nobody else uses that process.
 """
 
 import atexit
@@ -41,18 +41,9 @@ TINY = (
 ).split()
 LONG = ("--max-steps", "100000")  # a run that something else has to end
 
-# A module's function or a partial of one, since it is pickled. What is called before each step gets
-# a namespace with ``step``, ``progress``, ``model``, ``rank`` and ``world_size``, always the same.
-OnStep = Callable[[Any], None] | None
-Before = Callable[[], None] | None
-
-
-# ---- processes -----------------------------------------------------------------------------------
-
 
 @functools.cache
 def fork_server() -> ForkServerContext:
-    """The process that has imported train.py, of which each run is a copy."""
     context = multiprocessing.get_context("forkserver")
     # torch would import Inductor for each run's optimizer, which takes seconds.
     imports = ["train", "launcher", "torch.distributed.run", "torch._inductor", "preload"]
@@ -66,15 +57,12 @@ def fork_server() -> ForkServerContext:
 
 @atexit.register
 def kill_what_still_runs() -> None:
-    """Runs of a test that has failed must not outlive the tests."""
     for process in multiprocessing.active_children():
         process.kill()
 
 
 @dataclass
 class Training:
-    """One process in which train.py, or torchrun, runs."""
-
     process: ForkServerProcess
     folder: Path
     label: str
@@ -89,50 +77,45 @@ class Training:
         return code
 
     def kill(self, number: int) -> None:
-        """Sends a signal to a process that still runs."""
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
     @property
     def out(self) -> str:
-        """What it has printed to standard output so far."""
         return (self.folder / f"{self.label}.out").read_text()
 
     @property
     def err(self) -> str:
-        """What it has printed to standard error so far."""
         lines = (self.folder / f"{self.label}.err").read_text().splitlines(keepends=True)
         # A CUDA build of torch says so when it compiles on a machine without a GPU.
         return "".join(line for line in lines if "No CUDA runtime is found" not in line)
 
 
-def start(
-    folder: Path, *flags: str, ranks: int = 1, on_step: OnStep = None, before: Before = None
-) -> list[Training]:
+def start(folder: Path, *flags: str, ranks: int = 1, **faults: Any) -> list[Training]:
     """Starts train.py in ``folder`` with the tiny settings and these flags, once a rank."""
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [fork(folder, tiny(*flags), world, **faults) for world in worlds(ranks)]
+
+
+def worlds(ranks: int) -> list[dict[str, str]]:
+    """What torchrun tells each rank."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
-        fork(folder, tiny(*flags), world | {"RANK": str(rank)}, on_step, before)
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), **shared}
         for rank in range(ranks)
     ]
 
 
 def tiny(*flags: str) -> list[str]:
-    """The tiny settings and these, which count where a flag is in both."""
+    """The tiny settings and these; of a flag that is given twice the last one counts."""
     return [*TINY, *flags]
 
 
 def fork(
-    folder: Path,
-    flags: list[str],
-    environment: dict[str, str] | None = None,
-    on_step: OnStep = None,
-    before: Before = None,
+    folder: Path, flags: list[str], world: dict[str, str] | None = None, **faults: Any
 ) -> Training:
-    """Starts train.py with these flags alone; one process, unless the environment says more."""
-    world = {"WORLD_SIZE": "1", "RANK": "0"} | (environment or {})
-    world["LOCAL_RANK"] = world["RANK"]
-    return fork_function(folder, functools.partial(run_train, flags, world, on_step, before))
+    """Starts train.py with these flags alone; without a ``world`` it is the only process."""
+    call = functools.partial(run_train, flags, world or worlds(1)[0], **faults)
+    return fork_function(folder, call)
 
 
 def start_torchrun(folder: Path, *flags: str, options: tuple[str, ...]) -> Training:
@@ -152,18 +135,24 @@ def fork_function(folder: Path, function: Callable[[], None]) -> Training:
 
 
 def child(folder: Path, label: str, function: Callable[[], None]) -> None:
-    """What a forked process does."""
     os.setpgid(0, 0)  # so that Ctrl-C in the tests' terminal is not for it
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{label}.{name}", os.O_WRONLY), number)
     function()
-    os.seteuid(os.getuid())  # multiprocessing deletes its semaphores, as the user who made them
 
 
 def run_train(
-    flags: list[str], environment: dict[str, str], on_step: OnStep, before: Before
+    flags: list[str],
+    environment: dict[str, str],
+    on_step: Callable[[Any], None] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> None:
+    """Runs train.py with faults: a module's functions or partials of them, since they are pickled.
+
+    What is called before each step gets a namespace with ``step``, ``model``, ``rank`` and
+    ``world_size``, always the same one.
+    """
     import train  # not at the top: only the server has imported it
 
     os.environ.update(environment)
@@ -172,7 +161,7 @@ def run_train(
     run = SimpleNamespace(rank=rank, world_size=world_size)
 
     def call(progress: train.Progress, model: train.GPT) -> None:
-        run.step, run.progress, run.model = progress.step, progress, model
+        run.step, run.model = progress.step, model
         if on_step is not None:
             on_step(run)
 
@@ -188,19 +177,15 @@ def run_torchrun(command: list[str]) -> None:
     torch.distributed.run.main()
 
 
-def run(
-    folder: Path, *flags: str, on_step: OnStep = None, before: Before = None
-) -> tuple[int, str, str]:
+def run(folder: Path, *flags: str, **faults: Any) -> tuple[int, str, str]:
     """Runs to the end: exit code, standard output and standard error."""
-    (training,) = start(folder, *flags, on_step=on_step, before=before)
+    (training,) = start(folder, *flags, **faults)
     return training.wait(), training.out, training.err
 
 
-def run_well(
-    folder: Path, *flags: str, ranks: int = 1, on_step: OnStep = None, before: Before = None
-) -> str:
+def run_well(folder: Path, *flags: str, ranks: int = 1, **faults: Any) -> str:
     """Runs to the end without an error on any rank: rank 0's standard output."""
-    trainings = start(folder, *flags, ranks=ranks, on_step=on_step, before=before)
+    trainings = start(folder, *flags, ranks=ranks, **faults)
     for training in trainings:
         assert training.wait() == 0, training.err
         assert training.err == "", training.err
@@ -226,22 +211,13 @@ def free_port() -> int:
             return port
 
 
-def is_last_rank(run: Any) -> bool:
-    """For a fault that one rank alone meets: in a run of one process, that one."""
-    return run.rank == run.world_size - 1
-
-
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Polls until the condition holds."""
     end = time.monotonic() + TIMEOUT
     while time.monotonic() < end:
         if condition():
             return
         time.sleep(0.01)
     raise AssertionError("never happened")
-
-
-# ---- files ---------------------------------------------------------------------------------------
 
 
 def write_shards(folder: Path) -> None:
@@ -269,16 +245,8 @@ def metrics(log: Path, *kinds: str) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def steps_done(log: Path) -> int:
-    """The steps that a run has logged."""
     return max((step for _, step in metrics(log, "train")), default=-1) + 1
 
 
 def saved_steps(log: Path) -> list[int]:
-    """The steps of the checkpoints in a log folder."""
     return sorted(int(path.name[5:]) for path in log.glob("step_*"))
-
-
-def read_files(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder but the lock, which each run opens, and the tests' own."""
-    paths = [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".out", ".err")]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.name != ".lock"}

@@ -1,6 +1,8 @@
 """From shards to batches: the order of the data, what reaches the device, and whose fault it is."""
 
 import hashlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +11,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_loader import StepLayout, TokenDataset, TokenLoader, ignored_files, permute, window_order
+from data_loader import StepLayout, TokenDataset, TokenLoader, permute, window_order
 
 T = 8
-CPU = torch.device("cpu")
 
 
-def write_shards(folder: Path, *sizes: int, vocab_size: int = 2**16) -> TokenDataset:
+def write_shards(folder: Path, *sizes: int) -> TokenDataset:
     """The data set of shards in which each token is its own position."""
-    folder.mkdir(exist_ok=True)
     tokens = np.arange(sum(sizes), dtype=np.uint16)
     for index, shard in enumerate(np.split(tokens, np.cumsum(sizes)[:-1])):
         np.save(folder / f"test_train_{index:06d}.npy", shard)
-    return TokenDataset(folder, "train", T, vocab_size)
+    return TokenDataset(folder, "train", T, vocab_size=2**16)
 
 
 def load(dataset: TokenDataset, layout: StepLayout, start_step: int = 0) -> TokenLoader:
     """A loader of a rank's shuffled micro-batches, as train.py starts one."""
     batches = layout.batches(len(dataset), seed=5, shuffle=True, start_step=start_step)
-    return TokenLoader(dataset, batches, CPU, prefetch=6)
+    return TokenLoader(dataset, batches, torch.device("cpu"), prefetch=6)
 
 
 def test_the_permutation_is_the_same_forever() -> None:
@@ -57,12 +57,7 @@ def test_epochs_and_seeds_give_unrelated_orders() -> None:
             assert abs(np.corrcoef(a, b)[0, 1]) < 0.06
 
 
-@given(
-    n=st.integers(1, 3000),
-    seed=st.integers(-(2**63), 2**64),
-    epoch=st.integers(0, 10**6),
-    shuffle=st.booleans(),
-)
+@given(st.integers(1, 3000), st.integers(-(2**63), 2**64), st.integers(0, 10**6), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_every_epoch_visits_every_window_once(n: int, seed: int, epoch: int, shuffle: bool) -> None:
     windows = window_order(np.arange(epoch * n, (epoch + 1) * n), n, seed, shuffle)
@@ -107,24 +102,15 @@ def test_a_loader_started_later_continues_as_one_that_ran_through(tmp_path: Path
     later.close()
 
 
-def test_a_loader_of_a_few_batches_ends_after_them(tmp_path: Path) -> None:
-    dataset = write_shards(tmp_path, 500)
-    loader = TokenLoader(dataset, [np.array([0, 3]), np.array([5])], CPU, prefetch=1)
-    assert [inputs[:, 0].tolist() for inputs, _ in loader] == [[0, 3 * T], [5 * T]]
-    assert list(loader) == []
-    loader.close()
-
-
 def test_copies_to_the_device_are_of_uint16_and_not_in_the_background_but_on_cuda(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies = []
+    copies = []  # MPS would read pageable memory after it was freed (pytorch#189690)
 
     def to(tokens: torch.Tensor, device: torch.device, non_blocking: bool) -> torch.Tensor:
         copies.append((tokens.dtype, device.type, non_blocking))
         return tokens
 
-    # MPS would read pageable memory after it was freed (pytorch#189690).
     monkeypatch.setattr(torch.Tensor, "to", to)
     loader = TokenLoader(write_shards(tmp_path, 50), [np.array([0])], torch.device("mps"), 1)
     next(loader)
@@ -144,48 +130,15 @@ def test_more_shards_than_a_process_may_open_files(tmp_path: Path) -> None:
     assert np.array_equal(windows.ravel(), np.arange(300 * (T + 1)))
 
 
-def test_a_token_outside_the_vocabulary_is_named_with_its_shard(tmp_path: Path) -> None:
-    dataset = write_shards(tmp_path, 97, 97, vocab_size=192)
-    assert dataset.windows(np.array([0, 22])).max() == 185
-    loader = TokenLoader(dataset, [np.array([0, 23])], CPU, prefetch=1)
-    with pytest.raises(ValueError, match=r"test_train_000001\.npy: token 193 .*192"):
-        next(loader)
-    loader.close()
-
-
-@pytest.mark.parametrize("size", [0, 9000])
-def test_a_shard_lost_during_the_run_is_named_each_time(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 9000)])
+def test_a_shard_lost_during_the_run_is_named_each_time(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     dataset = write_shards(tmp_path, 5000)
-    path = tmp_path / "test_train_000000.npy"
-    path.write_bytes(path.read_bytes()[:size])
-    if size == 0:
-        path.unlink()
+    damage(tmp_path / "test_train_000000.npy")
     loader = load(dataset, StepLayout(4, 2))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"test_train_000000\.npy: .*removed or cut short"):
             next(loader)
     assert isinstance(loader.error, ValueError)
     loader.close()
-
-
-def test_a_folder_without_a_window_of_that_context_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no train shard holds 9 tokens.* context length 8"):
-        write_shards(tmp_path, 8, 8)
-
-
-def test_a_shard_changed_in_place_changes_the_fingerprint(tmp_path: Path) -> None:
-    dataset = write_shards(tmp_path, 5000, 100)
-    before = dataset.fingerprint()
-    assert [entry[1] for entry in before] == [5000, 100]
-    path = tmp_path / "test_train_000000.npy"
-    np.save(path, np.load(path)[::-1].copy())
-    after = dataset.fingerprint()
-    assert after[0] != before[0]
-    assert after[1] == before[1]
-
-
-def test_files_that_are_not_read_can_be_named(tmp_path: Path) -> None:
-    dataset = write_shards(tmp_path, 50)
-    for name in ("test_train_000000 (1).npy", "notes.txt"):
-        (tmp_path / name).touch()
-    assert ignored_files(tmp_path, dataset) == ["test_train_000000 (1).npy"]
