@@ -390,6 +390,7 @@ def train(
             logger.print(note)
 
         # ---- the training loop
+        stop_signal = stack.enter_context(StopSignal())  # until the last checkpoint is written
         writer = checkpoint.Writer(
             config.log_dir, config.keep_checkpoints, report=logger.report, warn=logger.print
         )
@@ -403,7 +404,6 @@ def train(
         if config.profile:
             trace = config.log_dir / f"trace_rank{rank}.json"
             profiler = stack.enter_context(compiler.profile_steps(trace, config.profile))
-        stop_signal = stack.enter_context(StopSignal())
         first_step = progress.step
         evaluations = (config.val_every, config.hellaswag_every, config.sample_every)
         intervals = (config.checkpoint_every, *evaluations)
@@ -420,7 +420,8 @@ def train(
                 if not done.overflow:  # fp16's next loss scale is half of this one
                     progress.skipped = progress.skipped + 1 if done.skipped else 0
             if progress.skipped >= MAX_SKIPPED:
-                raise FloatingPointError(f"{MAX_SKIPPED} gradients in a row were not finite")
+                problem = f"{MAX_SKIPPED} gradients in a row were not finite"
+                raise FloatingPointError(f"{problem}; a lower --max-lr may help")
             # The checkpoint first, so that no failure of the others can cost these steps, nor a
             # signal that comes during them. A run that is resumed from it repeats the others.
             writer.collect()
@@ -434,6 +435,8 @@ def train(
                         scaler=scaler.state_dict(),
                     )
                     writer.start(model.weights(), asdict(config.model), state)
+            if ending and progress.step < config.max_steps:
+                break  # asked to stop: the run evaluates when it is resumed
             if is_due(config.val_every):
                 with logger.timed("val", progress.step) as row:
                     loss = validation_loss(
@@ -502,7 +505,7 @@ def train(
             # ---- log
             stats = torch.cat((stats, torch.stack((norm, loss_scale))))  # [loss, stop, norm, scale]
             logger.log_step(progress.step - 1, lr, stats)
-            if progress.step == first_step + 1:
+            if progress.step == first_step + 1:  # the step that compiled
                 dist_info.limit_waits()
             if profiler is not None:
                 profiler.step()
@@ -523,7 +526,7 @@ def train(
             command = f"python eval.py --checkpoint {config.log_dir} --prompt"
             logger.print(f'now try\n{command} "{config.sample_prompt}"')
     if rank == 0 and has_checkpoints and writer.saved_step != progress.step:
-        raise OSError("the last checkpoint was not saved; the reason stands above")
+        raise OSError(f"the last checkpoint was not saved: {writer.problem}")
 
 
 # ---- command line --------------------------------------------------------------------------------

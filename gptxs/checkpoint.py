@@ -152,6 +152,7 @@ class Writer:
     report: Callable[[str, int, dict[str, Any]], None]
     warn: Callable[[str], None]  # given a line for each that failed: a full disk ends no run
     saved_step: int | None = None  # of the newest complete checkpoint
+    problem: str = ""  # of the newest that failed
 
     def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
@@ -164,8 +165,8 @@ class Writer:
 
     def start(self, weights: Weights, shape: Shape, state: TrainingState) -> None:
         """Copy the run to host memory and start to write the copy, after the previous save."""
-        self.collect(wait=True)  # both use the same host buffers
         start = time.perf_counter()
+        self.collect(wait=True)  # both use the same host buffers
         weights = self._copy("model", weights)
         optimizer = self._copy("optimizer", state.optimizer)
         if torch.cuda.is_initialized():
@@ -185,7 +186,8 @@ class Writer:
         try:
             figures = {"seconds": self._pause, "write_seconds": pending.result()}
         except OSError as error:
-            self.warn(f"checkpoint not saved: {first_line(error)}")
+            self.problem = first_line(error)
+            self.warn(f"checkpoint not saved: {self.problem}")
             return
         self.saved_step = self._step
         self.report("checkpoint", self._step, {"path": folder_name(self._step), **figures})

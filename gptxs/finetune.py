@@ -23,11 +23,11 @@ def initial_shape(source: str | None, log_dir: Path | None, asked: Shape, defaul
     saved = read_shape(find_checkpoint(source))
     context = min(asked["context_length"], saved["context_length"])
     shape = {**saved, "context_length": context}
-    problems = [
-        f"model.{name} {value} must be {saved[name]} as in {source}"
-        for name, value in asked.items()
-        if value not in (default[name], shape[name])
-    ]
+    problems = []
+    for name, value in asked.items():
+        if value not in (default[name], shape[name]):
+            limit = "at most " if name == "context_length" else ""
+            problems.append(f"model.{name} {value} must be {limit}{saved[name]} as in {source}")
     if problems:
         raise ValueError("; ".join(problems))
     return shape

@@ -113,6 +113,7 @@ def test_a_run_resumed_on_other_devices_sees_the_same_tokens(
     flags = ("--optimizer", optimizer, "--micro-batch")
     ranks, rows = before
     run_well(folder, *flags, str(rows), ranks=ranks, on_step=partial(stop_after, 20))
+    assert ("val", 20) not in metrics(folder / "log", "val")  # that comes when it is resumed
     ranks, rows = after
     out = run_well(folder, *flags, str(rows), "--resume", ranks=ranks)
     assert f"\n{16 // (rows * ranks)} micro-steps" in out
