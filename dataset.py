@@ -443,7 +443,7 @@ def main() -> None:
         windows = sum((record.tokens - 1) // CONTEXT_LENGTH for record in index.shards)
         lost = 1 - windows * CONTEXT_LENGTH / (index.tokens or 1)
         if lost > 0.05:
-            print(f"{lost:.0%} are in no window of {CONTEXT_LENGTH}; try another --shard-size")
+            print(f"{lost:.0%} fill no window of {CONTEXT_LENGTH} tokens; try another --shard-size")
 
 
 if __name__ == "__main__":
