@@ -131,11 +131,12 @@ class DistInfo:
         """Raise ValueError, on every rank, that names the facts in which the ranks differ."""
         texts = {name: str(value) for name, value in facts.items()}
         for rank, other in enumerate(self.gather(texts)):
-            for name, text in texts.items():
-                if other.get(name) != text:
+            for name in {**texts, **other}:
+                here, there = texts.get(name, "missing"), other.get(name, "missing")
+                if here != there:
                     raise ValueError(
-                        f"all ranks must have the same settings and data, but {name} is {text}"
-                        f" here and {other.get(name, 'not there')} on rank {rank}"
+                        f"all ranks must have the same settings and data, but {name} is {here}"
+                        f" here and {there} on rank {rank}"
                     )
 
 

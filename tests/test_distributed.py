@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -185,7 +184,7 @@ def train_apart(folders: list[Path], flags: list[list[str]]) -> list[tuple[int, 
         (["--max-lr", "0.02"], ["max_lr is 0.01 here and 0.02", "max_lr is 0.02 here and 0.01"]),
         (["--resume"], ["resume is False here and True", "resume is True here and False"]),
         (["--init-from", "source"], ["init_from is None", "init_from is source"]),
-        (["--data-dir", "other"], ["shard tiny_train_000002.npy is (5000,"] * 2),
+        (["--data-dir", "other"], ["train_000002.npy is (5000,", "000002.npy is missing here"]),
         (["--data-dir", "nowhere"], ["", "nowhere has no train shards"]),
     ],
 )
@@ -193,7 +192,7 @@ def test_a_rank_that_differs_ends_all_before_the_first_step(
     folder: Path, flags: list[str], names: list[str]
 ) -> None:
     write_shards(folder / "other")
-    np.save(folder / "other/tiny_train_000002.npy", np.zeros(5000, np.uint16))
+    (folder / "other/tiny_train_000002.npy").unlink()
     results = train_apart([folder, folder], [[], flags])
     assert results[1][0] == 2
     for (_, err), name in zip(results, names, strict=True):

@@ -125,7 +125,7 @@ def test_all_flags_that_contradict_the_source_are_named_with_both_values(folder:
     write_source(folder / "source", vocab_size=300)
     flags = "--init-from source --model.d-model 32 --model.n-layers 3 --model.context-length 64"
     training = fork(folder, [*SHAPELESS, *flags.split()])
-    words = ["d_model 32 must be 16", "n_layers 3 must be 1", "context_length 64 must be at most 32"]
+    words = ["d_model 32 must be 16", "n_layers 3 must be 1", "length 64 must be at most 32"]
     refused((training.wait(), training.out, training.err), *words)
     assert "vocab_size" not in training.err
     assert not (folder / "log/metrics.jsonl").exists()
