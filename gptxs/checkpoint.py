@@ -313,9 +313,8 @@ def compare_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -
     changes: list[str] = []
     refused: list[str] = []
     for name, value in now.items():
-        if name in IGNORED_SETTINGS or saved.get(name) == value:
-            continue
-        if name == "init_from" and value is None:  # a resumed run does not need its source
+        without_source = name == "init_from" and value is None  # which a resumed run may be
+        if name in IGNORED_SETTINGS or saved.get(name) == value or without_source:
             continue
         change = f"{name} was {saved.get(name)}, is now {value}"
         if name == "data":  # hundreds of shards: no message could show them
@@ -325,9 +324,8 @@ def compare_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -
         else:
             changes.append(f"resuming with another setting: {change}")
     if refused:
-        problems = "; ".join(refused)
         remedy = "use the saved settings, or a new --log-dir"
-        raise ValueError(f"{folder} belongs to another run: {problems}; {remedy}")
+        raise ValueError(f"{folder} belongs to another run: {'; '.join(refused)}; {remedy}")
     return changes
 
 
