@@ -118,7 +118,6 @@ def validation_loss(
     tokens: int,
     micro_batch: int,
     dist_info: DistInfo,
-    dtype: torch.dtype = torch.float32,
     compiled: nn.Module | None = None,
 ) -> float:
     """Mean loss, in nats, of the first ``tokens`` tokens of a data set, in complete windows.
@@ -131,13 +130,12 @@ def validation_loss(
     T = dataset.context_length
     if tokens < T:
         raise ValueError(f"{tokens} validation tokens are less than one window of {T}")
-    device = dist_info.device
     windows = np.arange(dist_info.rank, min(tokens // T, len(dataset)), dist_info.world_size)
     batches = (windows[i : i + micro_batch] for i in range(0, len(windows), micro_batch))
     sums = []  # left on the device: reading a number here would wait for every batch
     with (
-        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-        contextlib.closing(TokenLoader(dataset, batches, device, prefetch=2)) as loader,
+        dist_info.autocast(),
+        contextlib.closing(TokenLoader(dataset, batches, dist_info.device, prefetch=2)) as loader,
     ):
         for inputs, targets in loader:  # (B, T) each
             # For another number of rows the compiler would start again.
@@ -148,7 +146,7 @@ def validation_loss(
     # Ranks may have a window more or less than others, so sums are added up and not means.
     sum_and_count = torch.tensor([total, len(windows) * T], dtype=torch.float64)
     if dist.is_initialized():
-        sum_and_count = sum_and_count.to(device)  # NCCL reduces only what is on the GPU
+        sum_and_count = sum_and_count.to(dist_info.device)  # NCCL reduces only what is on the GPU
         dist.all_reduce(sum_and_count)
     return float(sum_and_count[0] / sum_and_count[1])
 
@@ -163,14 +161,13 @@ def count_bytes(dataset: TokenDataset, windows: int) -> int:
     return sum(int(lengths[target].sum()) for target in targets)
 
 
-def report_loss(config: EvalConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+def report_loss(config: EvalConfig, folder: Path, dist_info: DistInfo) -> None:
     """Print loss, perplexity and bits per byte on the validation split."""
-    model = GPT.from_pretrained(folder).to(device)
+    model = GPT.from_pretrained(folder).to(dist_info.device)
     T = config.context_length or model.config.context_length
     dataset = TokenDataset(config.data_dir, "val", T, model.config.vocab_size)
     limit = config.val_tokens
-    dist_info = DistInfo(rank=0, world_size=1, device=device)
-    loss = validation_loss(model, dataset, limit, config.micro_batch, dist_info, dtype=dtype)
+    loss = validation_loss(model, dataset, limit, config.micro_batch, dist_info)
     windows = min(limit // T, len(dataset))
     tokens = windows * T
     n_bytes = 0
@@ -377,7 +374,7 @@ def main() -> None:
         if config.export:
             export(folder, config.export, torch.float32 if config.dtype == "auto" else dtype)
         elif config.loss:
-            report_loss(config, folder, device, dtype)
+            report_loss(config, folder, DistInfo(0, 1, device, dtype))
         else:
             hf.require_gpt2_tokenizer(folder)
             # The weights themselves in this precision: there is no optimizer that needs more.

@@ -42,8 +42,7 @@ from model import GPT, GPTConfig
 
 # The conventions in the order of `Example.requests`, with their prefixes in the summary.
 CONVENTIONS = {"completion": "", "harness": "harness_"}
-# On a CPU, malloc reuses blocks of up to 32 MB and asks the system for larger ones every time. At
-# 124M in fp32 these two keep the widest tensors, (tokens, 4 C) in an MLP and the logits, at 26 MB.
+# On a CPU the widest tensors at 124M, (tokens, 4 C) in an MLP and the logits, are 26 MB in fp32.
 BATCH_TOKENS = 2048
 LOGIT_ROWS = 128
 # A GPU waits for each launch, so it gets few and large kernels: its logits are 0.8 GB in fp32.
@@ -84,12 +83,9 @@ class HellaSwagConfig:
         problems = number_problems(self, at_least_one=("limit",))
         if self.data is not None and self.split is not None:
             problems.append(f"--split {self.split} has no effect with --data; leave one out")
-        # The output is written after minutes of work, and replaces what is there.
-        if self.output is not None:
-            if not self.output.absolute().parent.is_dir() or self.output.is_dir():
-                problems.append(f"--output {self.output} is not a file in a folder that exists")
-            elif self.data is not None and self.output.resolve() == self.data.resolve():
-                problems.append(f"--output {self.output}: the output is the input, --data")
+        output = self.output  # written after minutes of work
+        if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+            problems.append(f"--output {output} is not a file in a folder that exists")
         return problems
 
 
@@ -169,8 +165,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def number(records: Iterable[Any], what: str) -> Iterator[tuple[str, Any]]:
-    for i, record in enumerate(records, start=1):
-        yield f"{what} {i}", record
+    return ((f"{what} {i}", record) for i, record in enumerate(records, start=1))
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -324,7 +319,6 @@ def predict(
     model: GPT,
     examples: Sequence[Example],
     dist_info: DistInfo,
-    dtype: torch.dtype = torch.float32,
     progress: bool = False,
 ) -> Tensor:
     """The model's choices on every rank, (n, 2 conventions, 2) int64: by acc, and by acc_norm.
@@ -339,17 +333,16 @@ def predict(
     # Copied before the first kernel: later, the host would wait for all those in the queue.
     batches = [(inputs.to(device), targets.to(device)) for inputs, targets in batches]
     scores = torch.zeros(len(requests) * 4, device=device)
-    # Autocast keeps the weights it has converted until its end, so it surrounds all batches.
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     bar = tqdm(batches, "HellaSwag", unit="batch", disable=not progress, leave=False)
-    with autocast, sdpa_kernel(BACKENDS):
+    # Autocast keeps the weights it has converted until its end, so it surrounds all batches.
+    with dist_info.autocast(), sdpa_kernel(BACKENDS):
         for inputs, targets in bar:
             add_log_likelihoods(model, inputs, targets, scores)
     if dist.is_initialized():
         # Each score is zero on all ranks but one: the sum is exact for any number of ranks.
         dist.all_reduce(scores)
     if not scores.isfinite().all():  # argmax would take a NaN for the best
-        raise FloatingPointError(f"a log-likelihood is not finite: the model overflows in {dtype}")
+        raise FloatingPointError(f"a log-likelihood is not finite in {dist_info.dtype}")
     scores = scores.view(-1, 4)  # (R, 4)
     lengths = torch.tensor([request.lengths for request in requests], device=device)  # (R, 4)
     chosen = torch.stack((scores.argmax(dim=1), (scores / lengths).argmax(dim=1)), dim=1)  # (R, 2)
@@ -396,13 +389,13 @@ def main() -> None:
         # Before the model, which may be a download of gigabytes, so that mistakes show early.
         examples = load_examples(config.data, config.split or "validation", config.limit)
         folder = find_checkpoint(config.checkpoint, config.verify)
-        if config.output is not None and config.output.resolve().parent == folder.resolve():
-            raise ValueError(f"--output {config.output}: the output is in the checkpoint")
+        inputs = {path.resolve() for path in (config.data, *folder.iterdir()) if path is not None}
+        if config.output is not None and config.output.resolve() in inputs:
+            raise ValueError(f"--output {config.output}: the output is the input")
         require_gpt2_tokenizer(folder)
         model = GPT.from_pretrained(folder).to(device)
         start = time.perf_counter()
-        alone = DistInfo(rank=0, world_size=1, device=device)
-        chosen = predict(model, examples, alone, dtype=dtype, progress=True)
+        chosen = predict(model, examples, DistInfo(0, 1, device, dtype), progress=True)
         summary = summarize(examples, chosen)
         summary["seconds"] = time.perf_counter() - start
         print_summary(summary, config.json, f"{dtype} on {device}")

@@ -32,7 +32,7 @@ from data_loader import StepLayout, TokenDataset, TokenLoader, ignored_files
 from eval import encode_prompt, sample_text, validation_loss
 from gptxs import checkpoint, compiler, finetune, hf, shards
 from gptxs.cli import exit_with_one_line, first_line, number_problems, parse
-from gptxs.distributed import DistInfo, DtypeName, StopSignal, choose_dtype, wrap_ddp
+from gptxs.distributed import DistInfo, DtypeName, StopSignal, wrap_ddp
 from gptxs.files import lock_folder
 from gptxs.metrics import MetricsLogger
 from gptxs.optim import OptimizerName, Schedule, build_optimizer, learning_rate
@@ -242,9 +242,7 @@ class Progress:
 def prepare(config: TrainConfig) -> None:
     """Refuse a log folder that holds a run; write the quickstart's shards if there are none."""
     if not config.resume and checkpoint.contains_run(config.log_dir):
-        raise ValueError(
-            f"{config.log_dir} contains a run; continue it with --resume or give another --log-dir"
-        )
+        raise ValueError(f"{config.log_dir} has a run; add --resume or give another --log-dir")
     if config.preset == "quickstart":
         index = shards.ShardIndex.read(config.data_dir)
         if (index and not index.complete) or not any(config.data_dir.glob("*val*")):
@@ -261,10 +259,11 @@ def train(
     dist_info: DistInfo,
     on_step: Callable[[Progress, GPT], None] | None = None,
 ) -> None:
-    """The whole run; ``on_step`` is called before each step.
+    """The whole run, on the device and in the precision of ``dist_info``.
 
-    Raises ValueError or FileNotFoundError for invalid settings or missing data, FloatingPointError
-    after too many gradients that are not finite, OSError if the last checkpoint was not saved.
+    ``on_step`` is called before each step. Raises ValueError or FileNotFoundError for invalid
+    settings or missing data, FloatingPointError after too many gradients that are not finite,
+    OSError if the last checkpoint was not saved.
     """
     rank = dist_info.rank
     world_size = dist_info.world_size
@@ -276,9 +275,6 @@ def train(
         if rank == 0:
             stack.callback(lock_folder(config.log_dir, flag="--log-dir").release)
         dist_info.on_rank_0(lambda: prepare(config))
-        dtype = choose_dtype(config.dtype, device)
-        common = {k: v for k, v in asdict(config).items() if k not in LOCAL_SETTINGS}
-        dist_info.require_equal({**common, "dtype": dtype})  # "auto" depends on the hardware
         notes = config.unused_options(world_size)  # what the user should know, for the logger
 
         # ---- data
@@ -287,9 +283,10 @@ def train(
         train_data = TokenDataset(config.data_dir, "train", context, config.model.vocab_size)
         val_data = TokenDataset(config.data_dir, "val", context, config.model.vocab_size)
         fingerprint = train_data.fingerprint() + val_data.fingerprint()
-        dist_info.require_equal(
-            {f"shard {name}": (tokens, digest) for name, tokens, digest in fingerprint}
-        )
+        common = {k: v for k, v in asdict(config).items() if k not in LOCAL_SETTINGS}
+        common |= {f"shard {name}": (tokens, digest) for name, tokens, digest in fingerprint}
+        common["dtype"] = dist_info.dtype  # "auto" depends on the hardware
+        dist_info.require_equal(common)
         if ignored := ignored_files(config.data_dir, train_data, val_data):
             notes.append(f"left out, as index.json does not list them: {', '.join(ignored)}")
         examples: tuple[hellaswag.Example, ...] = ()
@@ -316,9 +313,8 @@ def train(
         optimizer = build_optimizer(
             model, config.weight_decay, config.optimizer, muon_lr_scale=config.muon_lr_scale
         )
-        # fp16 rounds small gradients to 0, so the loss is scaled up. The scale halves when one
-        # overflows, and doubles after 2,000 steps without.
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        # fp16 rounds small gradients to 0, so the loss is scaled up, as far as none overflows.
+        scaler = torch.amp.GradScaler(device.type, enabled=dist_info.dtype == torch.float16)
 
         # ---- resume
         # As JSON's types: a checkpoint stores them, and must be readable without unpickling.
@@ -366,7 +362,7 @@ def train(
             config.log_dir,
             enabled=rank == 0,
             device=device,
-            dtype=dtype,
+            dtype=dist_info.dtype,
             world_size=world_size,
             max_steps=config.max_steps,
             tokens_per_step=config.batch_tokens,
@@ -403,7 +399,7 @@ def train(
         profiler = None
         if config.profile:
             trace = config.log_dir / f"trace_rank{rank}.json"
-            profiler = stack.enter_context(compiler.profile_steps(trace, config.profile))
+            profiler = stack.enter_context(compiler.step_profiler(trace, config.profile))
         first_step = progress.step
         evaluations = (config.val_every, config.hellaswag_every, config.sample_every)
         intervals = (config.checkpoint_every, *evaluations)
@@ -420,8 +416,9 @@ def train(
                 if not done.overflow:  # fp16's next loss scale is half of this one
                     progress.skipped = progress.skipped + 1 if done.skipped else 0
             if progress.skipped >= MAX_SKIPPED:
-                problem = f"{MAX_SKIPPED} gradients in a row were not finite"
-                raise FloatingPointError(f"{problem}; a lower --max-lr may help")
+                raise FloatingPointError(
+                    f"{MAX_SKIPPED} gradients in a row were not finite; a lower --max-lr may help"
+                )
             # The checkpoint first, so that no failure of the others can cost these steps, nor a
             # signal that comes during them. A run that is resumed from it repeats the others.
             writer.collect()
@@ -429,10 +426,7 @@ def train(
             if save_due and rank == 0 and writer.saved_step != progress.step:
                 with logger.timed("checkpoint", progress.step):
                     state = checkpoint.TrainingState(
-                        progress=asdict(progress),
-                        settings=settings,
-                        optimizer=optimizer.state_dict(),
-                        scaler=scaler.state_dict(),
+                        asdict(progress), settings, optimizer.state_dict(), scaler.state_dict()
                     )
                     writer.start(model.weights(), asdict(config.model), state)
             if ending and progress.step < config.max_steps:
@@ -440,24 +434,18 @@ def train(
             if is_due(config.val_every):
                 with logger.timed("val", progress.step) as row:
                     loss = validation_loss(
-                        model,
-                        val_data,
-                        config.val_tokens,
-                        config.micro_batch,
-                        dist_info,
-                        dtype=dtype,
-                        compiled=compiled,
+                        model, val_data, config.val_tokens, config.micro_batch, dist_info, compiled
                     )
                     progress.best_val = min(progress.best_val, loss)
                     row.update(loss=loss, best=progress.best_val)
             if examples and is_due(config.hellaswag_every):
                 with logger.timed("hellaswag", progress.step) as row:
-                    predictions = hellaswag.predict(model, examples, dist_info, dtype=dtype)
+                    predictions = hellaswag.predict(model, examples, dist_info)
                     row.update(hellaswag.summarize(examples, predictions))
             is_trained = progress.step > 0 or settings["init_from"] is not None
             if is_due(config.sample_every) and rank == 0 and is_trained:
                 with logger.timed("sample", progress.step) as row:
-                    text = sample_text(model, prompt, config.seed, dtype)
+                    text = sample_text(model, prompt, config.seed, dist_info.dtype)
                     row.update(prompt=config.sample_prompt, text=text)
             if ending:
                 break
@@ -472,7 +460,7 @@ def train(
                 # its no_sync() sets, without a second copy of the lines below.
                 if ddp is not None:
                     ddp.require_backward_grad_sync = micro_step == micro_steps - 1
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with dist_info.autocast():
                     loss = training_model(inputs, targets) / micro_steps
                 scaler.scale(loss).backward()
                 loss_sum += loss.detach()  # on the device: to read it here would wait for the GPU
@@ -488,9 +476,8 @@ def train(
             loss_scale = scaler.scale(torch.ones_like(loss_sum))  # 1 except in fp16
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            # The optimizer skips the update on the device if this is 1, so the host need not read
-            # the norm. It is the norm of the averaged gradient: all ranks decide alike. In fp16 the
-            # scaler sets it, from the same gradients.
+            # If this is 1 the optimizer skips the update on the device, so the host need not read
+            # the norm. All ranks decide alike, by the averaged gradient. In fp16 the scaler does.
             optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
             lr = learning_rate(progress.step, config)
             for group in optimizer.param_groups:
@@ -536,7 +523,7 @@ def main(on_step: Callable[[Progress, GPT], None] | None = None) -> None:
     """Parse the flags and train. --preset chooses the defaults, which the other flags override."""
     with exit_with_one_line(remedy="continue with the same command and --resume"):
         config = parse(TrainConfig, description=__doc__, presets=PRESETS)
-        dist_info = DistInfo.initialize(config.device)
+        dist_info = DistInfo.initialize(config.device, config.dtype)
         # If the ranks disagreed on the next line, some would wait there for the others.
         dist_info.require_equal({"preset": config.preset, "init_from": config.init_from})
         if config.init_from is not None or config.preset == "finetune":

@@ -154,8 +154,8 @@ def main() -> None:
 
     def ours(records: Records, convention: str = "both") -> None:
         # Tokenized and packed each time, although a training run does that once.
-        dist_info = DistInfo(rank=0, world_size=1, device=device)
-        hellaswag.predict(model, tokenize(records, convention), dist_info, dtype=dtype).tolist()
+        dist_info = DistInfo(0, 1, device, dtype)
+        hellaswag.predict(model, tokenize(records, convention), dist_info).tolist()
 
     def padded(records: Records) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -142,7 +142,7 @@ def ours(
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)  # a thread starts on GPU 0
-            dist_info = DistInfo(rank=0, world_size=1, device=device)
+            dist_info = DistInfo(0, 1, device, choose_dtype(config.dtype, device))
             train.train(replace(config, log_dir=log_dir), dist_info, on_step)
         except BaseException as error:  # of the step that the other thread waits for
             done.put(error)

@@ -27,7 +27,7 @@ from bench_train import BenchConfig, Enough, chosen_shape, ours, prepare, time_o
 import train
 from gptxs import metrics
 from gptxs.cli import exit_with_one_line, parse
-from gptxs.distributed import DistInfo, choose_device
+from gptxs.distributed import DistInfo, choose_device, choose_dtype
 from model import GPT
 from train import TrainConfig
 
@@ -170,8 +170,9 @@ def evaluations(config: TrainConfig, part: PartConfig) -> None:
             raise Enough
 
     device = torch.device(run.device)
+    dist_info = DistInfo(0, 1, device, choose_dtype(run.dtype, device))
     try:
-        train.train(run, DistInfo(rank=0, world_size=1, device=device), on_step)
+        train.train(run, dist_info, on_step)
     except Enough:
         rows, _ = metrics.read_rows(run.log_dir / "metrics.jsonl")
         print("\nThe first ones compile and tokenize too. A checkpoint's seconds are the pause.")

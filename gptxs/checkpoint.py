@@ -298,8 +298,7 @@ def load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any], folder: Pat
         for name, moment in moments.items():
             expected = torch.Size() if name == "step" else parameters[index].shape
             if moment.shape != expected:
-                path = folder / STATE_FILE
-                raise ValueError(f"{path}: {name} of parameter {index} is not of its shape")
+                raise ValueError(f"{folder}: {name} of parameter {index} is not of its shape")
     # With the new options in place of those saved, an option that was changed takes effect.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

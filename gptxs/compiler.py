@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -69,13 +67,10 @@ def explain(error: RuntimeError, micro_batch: int) -> Exception:
     return error
 
 
-@contextmanager
-def profile_steps(path: Path, steps: int) -> Iterator[torch.profiler.profile]:
-    """Trace ``steps`` steps into ``path``, beginning with FIRST_TRACED_STEP."""
-    with torch.profiler.profile(
-        schedule=torch.profiler.schedule(
-            wait=FIRST_TRACED_STEP - 2, warmup=1, active=steps, repeat=1
-        ),
+def step_profiler(path: Path, steps: int) -> torch.profiler.profile:
+    """A profiler that traces ``steps`` steps into ``path``, beginning with FIRST_TRACED_STEP."""
+    wait = FIRST_TRACED_STEP - 2
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=wait, warmup=1, active=steps, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
-    ) as profiler:
-        yield profiler
+    )

@@ -89,9 +89,10 @@ class DistInfo:
     rank: int
     world_size: int
     device: torch.device
+    dtype: torch.dtype = torch.float32  # of the matrix products
 
     @classmethod
-    def initialize(cls, device_name: str) -> DistInfo:
+    def initialize(cls, device_name: str, dtype_name: DtypeName = "auto") -> DistInfo:
         """Choose this process's device, and join the process group where there are several."""
         rank, world_size, local_rank = _rank_from_environment()
         if device_name in ("auto", "cuda") and torch.cuda.is_available():
@@ -100,7 +101,11 @@ class DistInfo:
         if world_size > 1:
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=START_TIMEOUT)
-        return cls(rank=rank, world_size=world_size, device=device)
+        return cls(rank, world_size, device, choose_dtype(dtype_name, device))
+
+    def autocast(self) -> torch.autocast:
+        """The block computes its matrix products in ``dtype``; weights stay in fp32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def limit_waits(self) -> None:
         """From now on end the process where another rank keeps it waiting for STEP_TIMEOUT."""
@@ -108,14 +113,6 @@ class DistInfo:
             # torch 2.14 has a public name for it.
             set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout
             set_timeout(STEP_TIMEOUT)
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in order, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
 
     def on_rank_0(self, function: Callable[[], Result]) -> Result:
         """The result of ``function``, which rank 0 alone calls, on every rank.
@@ -130,7 +127,10 @@ class DistInfo:
     def require_equal(self, facts: Mapping[str, object]) -> None:
         """Raise ValueError, on every rank, that names the facts in which the ranks differ."""
         texts = {name: str(value) for name, value in facts.items()}
-        for rank, other in enumerate(self.gather(texts)):
+        of_all_ranks = [texts] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(of_all_ranks, texts)
+        for rank, other in enumerate(of_all_ranks):
             for name in {**texts, **other}:
                 here, there = texts.get(name, "missing"), other.get(name, "missing")
                 if here != there:

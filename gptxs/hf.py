@@ -25,7 +25,7 @@ from gptxs.tokenizer import DELIMITER, END_OF_TEXT, VOCAB_SIZE, vocabulary_files
 
 # GPT-2's Conv1D layers store their weight as (in, out), the transpose of nn.Linear's.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# What config.json calls the fields of GPTConfig.
+# What config.json calls GPTConfig's fields.
 HF_NAMES = {
     "d_model": "n_embd",
     "n_heads": "n_head",
@@ -56,8 +56,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 def read_shape(folder: Path) -> dict[str, int]:
     """The fields of GPTConfig in config.json; ValueError names what our model does not compute."""
     path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no config.json: not a model in Hugging Face's format")
     config = _read_json(path)
     problems = [name for name in HF_NAMES.values() if type(config.get(name)) is not int]
     if not problems and config.get("n_inner") == 4 * config["n_embd"]:

@@ -27,9 +27,8 @@ from gptxs.cli import first_line
 if TYPE_CHECKING:  # plot.py needs the rows of this module, and not to wait for torch
     import torch
 
-# Dense peaks in TFLOP/s, bf16 or fp16 with sums in fp32, from NVIDIA's and AMD's data sheets and
-# white papers (half of a figure with sparsity), by torch.cuda.get_device_name(). Another card is
-# one more line here.
+# Dense peaks in TFLOP/s, bf16 or fp16 with sums in fp32, by torch.cuda.get_device_name(): from the
+# makers' data sheets, which also give twice as much for sparse matrices.
 PEAK_TFLOPS = {
     "NVIDIA B200": 2250.0,
     "NVIDIA GH200 480GB": 989.4,
@@ -113,8 +112,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # What an earlier process wrote of start_step and later is hidden: it is computed again.
-        folder = log_dir / "tensorboard"
-        self.writer = SummaryWriter(folder, purge_step=start_step, flush_secs=10)
+        self.writer = SummaryWriter(log_dir / "tensorboard", purge_step=start_step, flush_secs=10)
         self.finish = self.writer.close
 
     def log(self, numbers: dict[str, float]) -> None:
@@ -166,7 +164,6 @@ class MetricsLogger:
     def __post_init__(self) -> None:
         self._dtype_name = str(self.dtype).removeprefix("torch.")
         self._device_name = device_name(self.device)
-        # Of all devices together; None: no MFU is reported.
         self._peak_flops = peak_flops(self._device_name, self._dtype_name, self.world_size)
         self._trackers: list[Any] = []  # each with log() and finish()
         # Steps whose numbers may still be on their way: step, learning rate, stats, arrival.
@@ -179,8 +176,7 @@ class MetricsLogger:
         if self.enabled:
             import torch
 
-            versions: dict[str, Any] = {"python": platform.python_version()}
-            versions.update(torch=torch.__version__, numpy=np.__version__, cuda=torch.version.cuda)
+            versions = {"python": platform.python_version(), "torch": torch.__version__}
             row = {**row, "device": self._device_name, "dtype": self._dtype_name}
             row.update(world_size=self.world_size, versions=versions, git_commit=git_commit())
             self.write("run", step, row)
@@ -193,13 +189,9 @@ class MetricsLogger:
                 self._trackers.append(TensorBoard(self.log_dir, start_step=step))
             if wandb:
                 self._trackers.append(start_wandb(self.log_dir, row["config"]))
-        self._step_start = time.perf_counter()
 
     def log_step(self, step: int, lr: float, stats: torch.Tensor) -> None:
-        """Take the numbers of a step, which ``read_steps`` reports.
-
-        ``stats`` (4,) holds its loss, the stop requests, the gradient's norm and the loss scale.
-        """
+        """Take the numbers of a step: ``stats`` (4,) are loss, stop, norm and loss scale."""
         arrived = None
         if stats.device.type == "cuda":
             import torch
@@ -235,9 +227,8 @@ class MetricsLogger:
 
     def _report_step(self, stats: StepStats, lr: float) -> None:
         step, loss, norm = stats.step, stats.loss, stats.norm
-        now = time.perf_counter()
-        seconds = now - self._step_start
-        self._step_start = now
+        seconds = time.perf_counter() - self._step_start
+        self._step_start += seconds
         self._seconds.append(seconds)
         tokens_per_s = self.tokens_per_step / seconds
         mfu = self.flops_per_step / seconds / self._peak_flops if self._peak_flops else None
@@ -250,15 +241,13 @@ class MetricsLogger:
             del self.losses[:-128]
         row: dict[str, Any] = {"loss": loss, "z": z, "lr": lr, "grad_norm": norm}
         row.update(ms=seconds * 1e3, tokens_per_s=tokens_per_s, mfu=mfu, memory_gb=memory_gb)
-        note = ""
         if stats.loss_scale != 1:
             row["loss_scale"] = stats.loss_scale
-        if stats.overflow:
-            row["overflow"] = True
-            note = f" | overflow in fp16 at loss scale {stats.loss_scale:g}: update skipped"
-        elif stats.skipped:
-            row["skipped"] = True
-            note = " | the gradient is not finite: update skipped"
+        note = ""
+        if stats.skipped:
+            row["overflow" if stats.overflow else "skipped"] = True
+            problem = "overflow in fp16" if stats.overflow else "the gradient is not finite"
+            note = f" | {problem}: update skipped"
         self.write("train", step, row)
         # The median: the first step compiles, and others may wait for a disk.
         left = float(np.median(self._seconds)) * (self.max_steps - step - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import re
+from contextlib import suppress
 
 import numpy as np
 import tiktoken
@@ -88,10 +89,9 @@ def encode_documents(texts: list[str], tokenizer: tiktoken.Encoding | None = Non
     tokenizer = tokenizer or get_tokenizer()
     # One call for many documents, in which tiktoken releases the GIL: threads use all cores.
     joined = "".join(DELIMITER + text for text in texts)
-    if joined.count(DELIMITER) == len(texts):
-        try:
-            return tokenizer.encode_to_numpy(joined, allowed_special="all").astype(np.uint16)
-        except ValueError:  # tiktoken refuses what `encode` is for
-            pass
+    with suppress(ValueError):  # tiktoken refuses what `encode` is for
+        tokens = tokenizer.encode_to_numpy(joined, allowed_special="all").astype(np.uint16)
+        if np.count_nonzero(tokens == END_OF_TEXT) == len(texts):  # and none in a text itself
+            return tokens
     delimiter = np.array([END_OF_TEXT], dtype=np.uint16)
     return np.concatenate([part for text in texts for part in (delimiter, encode(text, tokenizer))])

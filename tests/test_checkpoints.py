@@ -295,7 +295,7 @@ def test_moments_of_another_shape_are_refused(name: str, shape: tuple[int, ...])
     optimizer = build_optimizer(model, weight_decay=0.1)
     state_dict = saved.state_dict()
     state_dict["state"][0][name] = torch.zeros(shape)
-    with pytest.raises(ValueError, match=r"step_6.training_state\.pt.*" + name):
+    with pytest.raises(ValueError, match="step_6: " + name):
         checkpoint.load_optimizer(optimizer, state_dict, Path("step_6"))
     assert optimizer.state_dict()["state"] == {}
 

@@ -33,6 +33,7 @@ def test_each_rank_has_a_gpu_of_its_own_and_waits_for_the_others(monkeypatch: Mo
     monkeypatch.setattr(torch, "empty", lambda *_, device: Mock(device=torch.device(device)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert DistInfo.initialize("cpu").device == CPU
     set_device.assert_not_called()
@@ -45,7 +46,8 @@ def test_each_rank_has_a_gpu_of_its_own_and_waits_for_the_others(monkeypatch: Mo
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     info = DistInfo.initialize("auto")
-    assert (info.rank, info.world_size, init.call_args.args) == (1, 2, ("nccl",))
+    assert info == DistInfo(1, 2, torch.device("cuda:1"), torch.float16)
+    assert init.call_args.args == ("nccl",)
     assert init.call_args.kwargs["timeout"].total_seconds() >= 1800
 
 
@@ -90,7 +92,7 @@ def test_tasks_of_slurm_without_torchrun_are_refused(monkeypatch: MonkeyPatch) -
         DistInfo.initialize("cpu")
     monkeypatch.setenv("RANK", "0")  # there is a torchrun
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert DistInfo.initialize("cpu") == DistInfo(0, 1, CPU)
+    assert DistInfo.initialize("cpu", "fp32") == DistInfo(0, 1, CPU)
 
 
 def test_a_signal_asks_for_an_orderly_stop_and_ctrl_c_after_it_ends_at_once() -> None:

@@ -168,7 +168,7 @@ class OldFusedAdamW(torch.optim.AdamW):
 
 def call_it_mps() -> None:
     device: Any = NameOfMps("cpu")
-    train.DistInfo.initialize = lambda name: DistInfo(0, 1, device)
+    train.DistInfo.initialize = lambda *_: DistInfo(0, 1, device)
     train.build_optimizer = lambda model, *_, **__: OldFusedAdamW(model.parameters())
 
 
