@@ -287,12 +287,10 @@ def prepare(config: DatasetConfig) -> ShardIndex:
     """Write the shards that are missing in ``config.data_dir``; returns the content of index.json.
 
     Shard 0 is the validation split, all others are for training. Raises ValueError or
-    FileNotFoundError for options or a source that cannot be used and for a folder begun with
-    others, ConnectionError for the network, OSError for the disk. Shards that are complete always
-    stay, and the next call continues after them.
+    FileNotFoundError for a source that cannot be used and for a folder begun with other options,
+    ConnectionError for the network, OSError for the disk. Shards that are complete always stay, and
+    the next call continues after them.
     """
-    if problems := config.validate():
-        raise ValueError("; ".join(problems))
     folder = config.data_dir
     lock = lock_folder(folder, flag="--data-dir")
     try:

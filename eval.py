@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data_loader import TokenDataset, TokenLoader
 from gptxs import hf
-from gptxs.checkpoint import find_checkpoint
+from gptxs.checkpoint import find_checkpoint, folder_name
 from gptxs.cli import exit_with_one_line, number_problems, parse
 from gptxs.distributed import DistInfo, DtypeName, choose_device, choose_dtype
 from gptxs.files import decode_text
@@ -95,11 +95,13 @@ class EvalConfig(SamplingOptions):
             problems.append(f"top_p {self.top_p} must be above 0 and at most 1")
         if self.stream and self.json:
             problems.append("stream and json exclude each other")
-        # What is merely ignored would mislead: each flag that is given must have an effect.
+        # What is merely ignored would mislead: a flag that is not at its default has an effect.
         sampling = {"prompt", "greedy", "stream", "json", "device"}
         sampling |= {field.name for field in fields(SamplingOptions)}
         if self.greedy or self.temperature == 0:
-            sampling -= {"top_k", "top_p", "seed", "temperature" if self.temperature else ""}
+            sampling -= {"top_k", "top_p", "seed"}
+        if self.greedy and self.temperature != 0:
+            sampling -= {"temperature"}
         loss = {"loss", "data_dir", "val_tokens", "context_length", "micro_batch", "json", "device"}
         used = loss if self.loss else {"export"} if self.export else sampling
         given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
@@ -187,7 +189,7 @@ def report_loss(config: EvalConfig, folder: Path, dist_info: DistInfo) -> None:
         print(json.dumps({**finite, "tokens": tokens, "bytes": n_bytes, "context_length": T}))
     else:
         print("   ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-        print(f"{tokens:,} tokens, {n_bytes:,} bytes of text, windows of {T} tokens")
+        print(f"{tokens:,} tokens, {n_bytes:,} bytes of text, windows of {T} tokens, {folder}")
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -214,8 +216,8 @@ def sample_next_token(
     if options.top_p is not None:
         before = p.cumsum(dim=-1) - p  # total probability of the more likely tokens
         p = p.masked_fill(before >= options.top_p, 0)
-    # The Gumbel-max trick: argmax(p / e) with e ~ Exp(1) is a draw from p. torch.multinomial would
-    # take one generator for all rows.
+    # A race: argmax(p / e) with e ~ Exp(1) is a draw from p. torch.multinomial would take one
+    # generator for all rows.
     exponential = -uniform.gather(1, ids).log()
     column = (p / exponential).argmax(dim=-1, keepdim=True)  # (B, 1)
     return ids.gather(1, column)[:, 0]
@@ -233,20 +235,20 @@ def generate(
     """Prompts (B, T) with up to ``max_new_tokens`` more: (B * num_samples, T + new).
 
     The model computes in the dtype of its weights. A row ends at its first ``<|endoftext|>`` and is
-    filled with it. ``on_token`` is given the newest token of each row (B * num_samples,). Row i is
-    drawn with a random generator of its own, so that its text does not depend on the others.
+    filled with it. ``on_token`` is given the newest token of each row (B * num_samples,). Row i has
+    a random generator of its own, seeded with ``seed`` + i: its text does not depend on the others.
     """
     context = model.config.context_length
     N = options.num_samples
     out = idx.repeat_interleave(N, dim=0)
     seeds = range(options.seed, options.seed + len(out))
     generators = [torch.Generator(idx.device).manual_seed(seed) for seed in seeds]
-    new = idx[:, -context:]  # what is not in the cache yet: the prompt, then a token at a time
-    cache = model.make_cache(len(new), min(context, new.size(1) + options.max_new_tokens))
+    pending = idx[:, -context:]  # not in the cache yet: the prompt, then a token at a time
+    cache = model.make_cache(len(pending), min(context, pending.size(1) + options.max_new_tokens))
     ended = torch.zeros_like(out[:, 0], dtype=torch.bool)
     for step in range(options.max_new_tokens):
         with torch.autocast(idx.device.type, enabled=False):
-            hidden = model.hidden_states(new, cache=cache)[:, -1]  # (B, C)
+            hidden = model.hidden_states(pending, cache=cache)[:, -1]  # (B, C)
             # Rows beyond the vocabulary only pad the matrix and must never be sampled.
             logits = model.lm_head(hidden).float()[:, :VOCAB_SIZE]
         if step == 0:  # a prompt is computed once for all its samples
@@ -261,10 +263,10 @@ def generate(
         ended = token == END_OF_TEXT
         if ended.all():
             break
-        new = token[:, None]
+        pending = token[:, None]
         if cache[0].tokens == context:
             # Positions are absolute: a full cache cannot be shifted. Its newest half starts anew.
-            new = out[:, -max(1, context // 2) :]
+            pending = out[:, -max(1, context // 2) :]
             for layer in cache:
                 layer.tokens = 0
     return out
@@ -345,15 +347,17 @@ def print_samples(config: EvalConfig, model: GPT, prompt: str, device: torch.dev
 
 
 def export(folder: Path, out: Path, dtype: torch.dtype) -> None:
-    """Write the folder to publish, with what a run's log says of the model up to its step."""
+    """Write the folder to publish, with what a run's log says of the model at its step."""
     log = folder.parent / "metrics.jsonl"
     newest: dict[str, dict[str, Any]] = {}  # the last line of each kind
-    if folder.name.startswith("step_") and log.exists():
-        step = int(folder.name.removeprefix("step_"))
-        newest = {row["kind"]: row for row in read_rows(log)[0] if row["step"] <= step}
+    for row in read_rows(log)[0] if log.exists() else []:
+        if row["kind"] == "run" or folder_name(row["step"]) == folder.name:
+            newest[row["kind"]] = row
     dataset = newest.get("run", {}).get("dataset") or "unknown data"
     scores = newest.get("hellaswag", {})
-    figures = {("Rowan/hellaswag", name): scores.get(name) for name in ("acc", "acc_norm")}
+    # Who reads a card expects the harness's convention.
+    names = ("acc", "acc_norm")
+    figures = {("Rowan/hellaswag", name): scores.get(f"harness_{name}") for name in names}
     figures[dataset, "validation loss"] = newest.get("val", {}).get("loss")
     results = {name: value for name, value in figures.items() if value is not None}
     hf.export_model(folder, out, dtype, dataset=dataset, results=results)

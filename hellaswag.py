@@ -1,9 +1,9 @@
 """HellaSwag (Zellers et al. 2019): which of four endings does the model find most likely?
 
-Two conventions are in use, and one pass over the model measures both:
+Two conventions are in use, and one run measures both:
 
     completion   the context as it is; build-nanogpt and llm.c report this one
-    harness      "activity: Context", wiki markup removed; lm-evaluation-harness, task version 1.0
+    harness      "activity: ctx_a Ctx_b" without wiki markup; lm-evaluation-harness, task version 1
 
 Each gives two accuracies. `acc` takes the ending of the highest log-likelihood, `acc_norm` that of
 the highest per token (completion) or per character (harness).
@@ -45,10 +45,10 @@ CONVENTIONS = {"completion": "", "harness": "harness_"}
 # On a CPU the widest tensors at 124M, (tokens, 4 C) in an MLP and the logits, are 26 MB in fp32.
 BATCH_TOKENS = 2048
 LOGIT_ROWS = 128
-# A GPU waits for each launch, so it gets few and large kernels: its logits are 0.8 GB in fp32.
+# CUDA waits for each launch, so it gets few and large kernels: its logits are 0.8 GB in fp32.
 CUDA_BATCH_TOKENS = 16_384
 CUDA_LOGIT_ROWS = 4096
-# All attention kernels but cuDNN's, which builds a plan for each new shape, of which there are 31.
+# All attention kernels but cuDNN's, which builds a plan for each new shape.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Rows are padded to a multiple of this, so that only some forty shapes occur.
 ROUND_TO = 8
@@ -83,9 +83,9 @@ class HellaSwagConfig:
         problems = number_problems(self, at_least_one=("limit",))
         if self.data is not None and self.split is not None:
             problems.append(f"--split {self.split} has no effect with --data; leave one out")
-        output = self.output  # written after minutes of work
-        if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-            problems.append(f"--output {output} is not a file in a folder that exists")
+        out = self.output  # nor is /dev/null a file: it would be replaced by one
+        if out and not (out.absolute().parent.is_dir() and (out.is_file() or not out.exists())):
+            problems.append(f"--output {out} is not a file in a folder that exists")
         return problems
 
 
@@ -146,7 +146,7 @@ def download(split: str) -> Iterator[tuple[str, Any]]:
     except Exception as error:  # those of datasets have no base in common
         kind = ValueError if isinstance(error, ValueError) else ConnectionError
         raise kind(f"Rowan/hellaswag: {first_line(error)}; {LOCAL_FILE}") from error
-    return number(records, f"Rowan/hellaswag {split}, example")
+    return with_places(records, f"Rowan/hellaswag {split}, example")
 
 
 def read_file(path: Path) -> Iterator[tuple[str, Any]]:
@@ -156,15 +156,15 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix.lower() == ".parquet":
         from pyarrow import parquet
 
-        return number(parquet.read_table(path).to_pylist(), f"{path}, example")
+        return with_places(parquet.read_table(path).to_pylist(), f"{path}, example")
     text = decode_text(path.read_bytes(), str(path))
     if text.lstrip().startswith("["):
-        return number(parse_json(text, str(path)), f"{path}, example")
-    lines = number(text.split("\n"), f"{path}, line")
+        return with_places(parse_json(text, str(path)), f"{path}, example")
+    lines = with_places(text.split("\n"), f"{path}, line")
     return ((where, parse_json(line, where)) for where, line in lines if line.strip())
 
 
-def number(records: Iterable[Any], what: str) -> Iterator[tuple[str, Any]]:
+def with_places(records: Iterable[Any], what: str) -> Iterator[tuple[str, Any]]:
     return ((f"{what} {i}", record) for i, record in enumerate(records, start=1))
 
 
@@ -175,7 +175,7 @@ def parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON ({error}); repair or remove it") from None
 
 
-def validate(record: Any) -> list[str]:
+def record_problems(record: Any) -> list[str]:
     """Every problem of an example as HellaSwag publishes it, one message each."""
     if not isinstance(record, dict):
         return ["not a JSON object"]
@@ -197,14 +197,14 @@ def validate(record: Any) -> list[str]:
 
 def tokenize(record: Any, where: str) -> Example:
     """An example from its record. Raises ValueError with ``where`` when it is malformed."""
-    if problems := validate(record):
+    if problems := record_problems(record):
         raise ValueError(f"{where}: {'; '.join(problems)}; repair or remove it")
     # As build-nanogpt does: context and ending are encoded apart.
     context = encode(record["ctx"]).tolist()
     choices = [encode(f" {ending}").tolist() for ending in record["endings"]]
     completion = Request(where, context, choices, [len(choice) for choice in choices])
     # The harness moves spaces at the end of the context to the ending, then encodes the two as one
-    # text. GPT-2's encoding splits before a space, so that encoding them apart gives the same.
+    # text. GPT-2's encoding splits that before a space, so the tokens are the same as of the two.
     text = clean(f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
     context = encode(text.rstrip()).tolist()
     spaces = text[len(text.rstrip()) :]
@@ -268,15 +268,14 @@ def lay_out(request: Request, config: GPTConfig) -> tuple[Tensor, Tensor]:
 def pack_for(
     device: torch.device, examples: tuple[Example, ...], config: GPTConfig
 ) -> list[tuple[Tensor, Tensor]]:
-    """All R requests in batches, on the CPU, of the size that suits the device, or of one row.
+    """All R requests in batches, on the CPU; in each as many rows as suit the device, or one.
 
     A batch has inputs (3, B, T): token, position, segment, of B rows of similar length padded to T;
     and targets (3, N): token, predictor among the B * T inputs, choice among all R * 4; int64.
     Raises ValueError for an example that does not fit a model of that shape.
     """
     batch_tokens = CUDA_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
-    requests = [request for example in examples for request in example.requests]
-    rows = [lay_out(request, config) for request in requests]
+    rows = [lay_out(request, config) for example in examples for request in example.requests]
     lengths = [inputs.size(1) for inputs, _ in rows]
     # Rows of similar length need little padding. The longest come first, so that memory, if it
     # does not suffice, runs out at once.
@@ -286,7 +285,7 @@ def pack_for(
         longest = lengths[waiting[-1]]
         T = math.ceil(longest / ROUND_TO) * ROUND_TO
         candidates = waiting[-max(1, batch_tokens // T) :]
-        chosen = [i for i in candidates if lengths[i] >= MIN_FILL * longest]
+        chosen = [i for i in candidates if lengths[i] >= MIN_FILL * longest]  # the last of them
         del waiting[-len(chosen) :]
         inputs = [F.pad(rows[i][0], (0, T - lengths[i])) for i in chosen]
         # b * T inputs come before row b of the batch, and 4 * i choices before request i.
@@ -303,10 +302,10 @@ def add_log_likelihoods(model: GPT, inputs: Tensor, targets: Tensor, scores: Ten
     tokens, positions, segments = inputs  # (B, T) each
     query = segments[:, :, None]  # (B, T, 1)
     key = segments[:, None, :]  # (B, 1, T)
-    # Padding attends to itself: with no key at all, a softmax is NaN.
+    # Padding attends at least to itself: with no key at all, a softmax is NaN.
     mask = ((key == CONTEXT) | (key == query)).tril()[:, None]  # (B, 1, T, T)
     hidden = model.hidden_states(tokens, positions, mask).flatten(0, 1)  # (B * T, C)
-    # Only the inputs that predict a target go through the head, which is 50,304 columns wide.
+    # Only the inputs that predict a target go through the head, the widest product of all.
     rows = CUDA_LOGIT_ROWS if scores.is_cuda else LOGIT_ROWS
     for predicted, predictors, choices in targets.split(rows, dim=1):
         logits = model.lm_head(hidden[predictors]).float()  # (rows, V)
@@ -316,14 +315,14 @@ def add_log_likelihoods(model: GPT, inputs: Tensor, targets: Tensor, scores: Ten
 
 @torch.no_grad()
 def predict(
-    model: GPT,
+    model: GPT,  # not compiled: the shapes vary
     examples: Sequence[Example],
     dist_info: DistInfo,
     progress: bool = False,
 ) -> Tensor:
     """The model's choices on every rank, (n, 2 conventions, 2) int64: by acc, and by acc_norm.
 
-    ``model`` is the uncompiled module. Raises ValueError for an example that does not fit it.
+    Raises ValueError where an example does not fit, FloatingPointError where the model overflows.
     """
     device = dist_info.device
     requests = [request for example in examples for request in example.requests]
@@ -389,8 +388,8 @@ def main() -> None:
         # Before the model, which may be a download of gigabytes, so that mistakes show early.
         examples = load_examples(config.data, config.split or "validation", config.limit)
         folder = find_checkpoint(config.checkpoint, config.verify)
-        inputs = {path.resolve() for path in (config.data, *folder.iterdir()) if path is not None}
-        if config.output is not None and config.output.resolve() in inputs:
+        read = {path.resolve() for path in (config.data, *folder.iterdir()) if path is not None}
+        if config.output is not None and config.output.resolve() in read:
             raise ValueError(f"--output {config.output}: the output is the input")
         require_gpt2_tokenizer(folder)
         model = GPT.from_pretrained(folder).to(device)
@@ -398,13 +397,13 @@ def main() -> None:
         chosen = predict(model, examples, DistInfo(0, 1, device, dtype), progress=True)
         summary = summarize(examples, chosen)
         summary["seconds"] = time.perf_counter() - start
-        print_summary(summary, config.json, f"{dtype} on {device}")
+        print_summary(summary, config.json, f"{folder}, {dtype} on {device}")
         if config.output is not None:
             write_predictions(config.output, examples, chosen)
 
 
-def print_summary(summary: dict[str, float | int], as_json: bool, where: str) -> None:
-    """Print what ``summarize`` returns, with the seconds, and flush it."""
+def print_summary(summary: dict[str, float | int], as_json: bool, how: str) -> None:
+    """Print what ``summarize`` returns, with the seconds and how it was computed."""
     if as_json:
         print(json.dumps(summary), flush=True)
         return
@@ -413,7 +412,7 @@ def print_summary(summary: dict[str, float | int], as_json: bool, where: str) ->
         for name in (f"{prefix}acc", f"{prefix}acc_norm"):
             figures.append(f"{name} {summary[name]:.4f} ± {summary[f'{name}_stderr']:.4f}")
         print(f"{convention:10}  {'   '.join(figures)}")
-    print(f"{summary['n']} examples in {summary['seconds']:.1f} s, {where}", flush=True)
+    print(f"{summary['n']} examples in {summary['seconds']:.1f} s, {how}", flush=True)
 
 
 if __name__ == "__main__":

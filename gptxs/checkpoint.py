@@ -35,8 +35,8 @@ Shape = dict[str, int]  # the fields of GPTConfig
 
 STATE_FILE = "training_state.pt"
 CHECKSUMS_FILE = "checksums.json"
-# A resumed run must not change these: they determine the model and which tokens each step sees.
-FIXED_SETTINGS = ("model", "batch_tokens", "seed", "shuffle", "data", "optimizer")
+# A resumed run must not change these: its model, where that began, and what tokens each step sees.
+FIXED_SETTINGS = ("model", "init_from", "batch_tokens", "seed", "shuffle", "data", "optimizer")
 # Not compared: how the process was started, and the digest of the initial weights, which a resumed
 # run takes from its checkpoint.
 IGNORED_SETTINGS = ("resume", "log_dir", "init_sha256")

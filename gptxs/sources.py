@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,10 +35,10 @@ COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 ARROW_METADATA = ("dataset_info.json", "dataset_dict.json", "state.json")  # of `save_to_disk`
 FILES_AT_ONCE = 64  # in a stream of `datasets`, which goes through this list for each of them
 ROWS_AT_ONCE = 256
-BLOCK_BYTES = 1 << 18  # of a text file
-# The head of a document longer than a block: some text, up to the last space or newline before
-# neither whitespace nor what may be a separator. GPT-2's pattern begins a new part there in any
-# text, so that no token changes.
+BLOCK_BYTES = 1 << 18  # of a text file; another number would move the rows of shards that are begun
+# The head of a document longer than a block: some text, up to the last space or newline before a
+# character that is neither whitespace nor "<", with which a separator may begin. GPT-2's pattern
+# splits any text there, so that no token changes.
 HEAD = re.compile(r"\s*\S.*(?=[ \n][^\s<])", re.DOTALL)
 
 
@@ -105,9 +106,11 @@ def local_files(source: str) -> tuple[str, list[Path]]:
     A line says which files are left out. Raises ValueError for none at all.
     """
     path = Path(source).expanduser()
-    roots = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path)))]
+    names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
+    roots = [Path(name) for name in names]
     found = [file for root in roots for file in (_walk(root) if root.is_dir() else [root])]
-    files = [f for f in found if suffix_of(f.name) and f.name not in ARROW_METADATA]
+    found = [file for file in dict.fromkeys(found) if file.name not in ARROW_METADATA]
+    files = [file for file in found if suffix_of(file.name)]
     left_out = Counter(f.suffix or f.name for f in found) - Counter(f.suffix for f in files)
     if left_out:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
@@ -118,8 +121,6 @@ def local_files(source: str) -> tuple[str, list[Path]]:
         raise ValueError(f"--source {source}: {problem}; give {known}")
     digest = hashlib.sha256()
     for file in files:
-        if not file.is_file():  # a pipe, or a link to nothing
-            raise ValueError(f"{file} is not a regular file; remove it")
         try:
             name = os.path.relpath(file, path if path.is_dir() else path.parent).encode()
         except UnicodeEncodeError:
@@ -129,10 +130,10 @@ def local_files(source: str) -> tuple[str, list[Path]]:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """The files below a folder except hidden ones, in order; links to folders as if files."""
+    """The files below a folder except hidden ones, in order. Links to folders are not followed."""
     files: list[Path] = []
     for path in sorted(folder.iterdir()):
-        if path.name[0] != "." and path.name != "__MACOSX":
+        if path.name[0] != ".":
             is_link = path.is_symlink()  # could lead in a circle
             files += _walk(path) if path.is_dir() and not is_link else [path]
     return files
@@ -166,6 +167,7 @@ def _import_datasets() -> Any:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     tqdm.set_lock(threading.RLock())  # its own starts a process, of which Ctrl-C leaves a warning
+    warnings.filterwarnings("error", message="Length of header")  # pandas would cut texts off
     return datasets
 
 
@@ -181,9 +183,10 @@ def _open_streams(files: list[str], suffix: str, column: str) -> list[Piece]:
         builder = _import_datasets().load_dataset_builder(kind, data_files=data_files, **options)
         stream = builder.as_streaming_dataset(split="train")
         if kind == "parquet":
-            _require_column(column, stream.column_names)
+            _require_column(column, stream.column_names)  # here, since no others are read
             builder.config.columns = [column]
-    # Each table keeps the columns that it has: in JSON they differ from file to file.
+            builder.config.batch_size = ROWS_AT_ONCE  # or it holds row groups, of up to 1M rows
+    # No cast to the columns of the first file: in JSON they differ from file to file.
     builder.info.features = stream.info.features = None
 
     def read(parts: Any, index: int) -> Iterator[str | None]:
@@ -242,7 +245,7 @@ def read_text(file: str) -> Iterator[str | None]:
     rest = ""
     with fsspec.open(file, "rb", compression="infer") as opened:
         for number in itertools.count():
-            # As much again as could not be cut, so that the time is linear in such text too.
+            # Twice as much each time that nothing could be cut: the time is linear in such text.
             block = opened.read(max(BLOCK_BYTES, len(rest)))
             text = decoder.decode(block, final=not block)
             if number == 0:  # drops the mark, and refuses UTF-16 with zeros, which are valid UTF-8

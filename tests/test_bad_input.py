@@ -159,7 +159,7 @@ CASES = [
     Case("dataset", "--source nowhere", "nowhere fineweb-edu, stdlib"),
     Case("dataset", "--source nowhere/a.jsonl", "nowhere/a.jsonl"),
     Case("dataset", "--source empty", "empty"),
-    Case("dataset", "--source a.jsonl", "a.jsonl regular", lambda d: os.mkfifo(d / "a.jsonl")),
+    Case("dataset", "--source a.jsonl", "a.jsonl no text", lambda d: os.mkfifo(d / "a.jsonl")),
     Case("dataset", f"{SOURCE} --column body", "body text"),
     Case("dataset", f"{SOURCE} --column body", "holds no text", write("source.jsonl", "")),
     Case("dataset", "--source a.txt --column body", "--column body", write("a.txt", "text")),

@@ -307,8 +307,8 @@ def test_all_settings_that_make_another_run_are_refused_at_once() -> None:
     assert compare_settings(saved, saved | same, Path("step_6")) == []
     (change,) = compare_settings(saved, saved | {"max_lr": 0.2}, Path("step_6"))
     assert change.endswith("max_lr was 0.1, is now 0.2")
-    other = {"model": {"d_model": 32}, "seed": 2, "max_lr": 0.2, "optimizer": "muon"}
-    with pytest.raises(ValueError, match=r"step_6.*16.*32.*seed was 1.*2.*adamw.*muon"):
+    other = {"model": {"d_model": 32}, "seed": 2, "optimizer": "muon", "init_from": "mine"}
+    with pytest.raises(ValueError, match=r"step_6.*16.*32.*seed was 1.*2.*adamw.*muon.*mine"):
         compare_settings(saved, saved | other, Path("step_6"))
     shards = [["a_train_000001.npy", 5, "x"], ["a_train_000002.npy", 6, "y"]]
     changed = [shards[0], ["a_train_000002.npy", 6, "other"]]

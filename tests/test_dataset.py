@@ -245,7 +245,7 @@ def test_sources_and_their_files_are_read_in_order_and_what_is_not_is_said(
     import datasets
 
     source, elsewhere, out = tmp_path / "source", tmp_path / "elsewhere", tmp_path / "out"
-    for folder in ("b", ".ipynb_checkpoints", ".venv", "__MACOSX"):
+    for folder in ("b", ".ipynb_checkpoints", ".venv"):
         (source / folder).mkdir(parents=True)
         (source / folder / "x.txt").write_text("third" if folder == "b" else "hidden")
     elsewhere.mkdir()
@@ -262,9 +262,10 @@ def test_sources_and_their_files_are_read_in_order_and_what_is_not_is_said(
     datasets.Dataset.from_dict({"text": ["fourth"]}).save_to_disk(source / "b2")
     for name in (".hidden.txt", "x.pdf", "y.pdf", "z.py"):
         (source / name).write_text("not read")
-    for name in "xyz":
-        write(tmp_path / f"{name}.jsonl", [f"{name}{DELIMITER}"])
-    names = ["link", "z.jsonl", "[xy].jsonl"]
+    (tmp_path / "glob/a/b").mkdir(parents=True)
+    for name in ("z", "glob/y", "glob/a/b/x"):
+        write(tmp_path / f"{name}.jsonl", [f"{name[-1]}{DELIMITER}"])
+    names = ["link", "z.jsonl", "glob/**"]  # which finds x as a file and in a folder
     flags = [word for name in names for word in ("--source", tmp_path / name)]
     main(*flags, "--data-dir", out, "--shard-size", 2)
     texts = ["first:\r\nas it is\n", "second", "third", "fourth", "fifth"]
@@ -369,6 +370,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
     "latin.txt": (b"a" * 2**20 + b"na\xefve", ["WINDOWS-1252", "iconv"]),
     "latin.jsonl": (LATIN, ["WINDOWS-1252", "iconv"]),
     "latin.csv": (b"text,x\n" + b"abc,1\n" * 50_000 + b"na\xefve,1\n", ["WINDOWS-1252", "iconv"]),
+    "comma.csv": (b"text\nhello, world\n", []),
     "no_json.jsonl": (b'{"text": "a"}\n{"text": "b"\n', ["JSON"]),
     "other.jsonl": (b'{"body": "b", "title": "c"}\n', ["`text`", "--column", "body, title"]),
     "other.parquet": (parquet(["a"], column="body"), ["`text`", "--column", "id, body"]),

@@ -218,8 +218,9 @@ SETTINGS = "| setting | value |\n|---|---|\n| data_dir | /home/somebody |\n"
 ROWS = [
     {"kind": "run", "step": 0, "dataset": "owner/books"},
     {"kind": "val", "step": 10, "loss": 3.25},
-    {"kind": "hellaswag", "step": 10, "acc_norm": 0.3125},
-    {"kind": "val", "step": 20, "loss": 2.5},  # of another checkpoint
+    {"kind": "hellaswag", "step": 5, "harness_acc": 0.5},  # of another checkpoint, as is
+    {"kind": "hellaswag", "step": 10, "acc_norm": 0.25, "harness_acc_norm": 0.3125},
+    {"kind": "val", "step": 20, "loss": 2.5},
 ]
 
 
