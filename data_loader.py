@@ -186,8 +186,7 @@ class TokenLoader:
     pinned memory, so that the training loop waits for neither the disk nor the copy. Tokens travel
     as uint16, a quarter of int64's traffic.
 
-    An exception in the thread is kept in ``error`` as soon as it happens, and raised by the
-    ``next`` that would have returned the batch. ``close`` ends the thread.
+    An exception in the thread is raised by the ``next`` that would have returned the batch.
     """
 
     def __init__(
@@ -200,7 +199,6 @@ class TokenLoader:
         self.dataset = dataset
         self.batches = batches
         self.device = device
-        self.error: Exception | None = None
         # A batch of tokens, what went wrong in the thread, or None for the end.
         self.queue: queue.Queue[Tensor | Exception | None] = queue.Queue(prefetch)
         self.closed = threading.Event()
@@ -233,7 +231,6 @@ class TokenLoader:
                     return
             self._put(None)
         except Exception as error:  # whatever it is, the training loop must stop for it
-            self.error = error
             self._put(error)
 
     def _put(self, item: Tensor | Exception | None) -> None:

@@ -236,7 +236,7 @@ def generate(
 
     The model computes in the dtype of its weights. A row ends at its first ``<|endoftext|>`` and is
     filled with it. ``on_token`` is given the newest token of each row (B * num_samples,). Row i has
-    a random generator of its own, seeded with ``seed`` + i: its text does not depend on the others.
+    a random generator of its own, seeded with ``seed`` + i, and so the draws of a sample alone.
     """
     context = model.config.context_length
     N = options.num_samples

@@ -125,7 +125,7 @@ def load_examples(
     return examples
 
 
-def load_if_reachable(path: Path | None) -> tuple[Example, ...]:
+def load_or_skip(path: Path | None) -> tuple[Example, ...]:
     """The examples for a training run; none, with a line, where the hub's cannot be had."""
     try:
         return load_examples(path)

@@ -51,14 +51,13 @@ class GPTConfig:
 # ---- the blocks ----------------------------------------------------------------------------------
 
 
+@dataclass
 class KVCache:
-    """Keys and values (B, H, length, D) of one layer, for the tokens that it has seen."""
+    """Keys and values of one layer, for up to ``length`` tokens."""
 
-    def __init__(self, k: Tensor, v: Tensor) -> None:
-        """Begin an empty cache in the memory of ``k`` and ``v``."""
-        self.k = k
-        self.v = v
-        self.tokens = 0  # seen so far
+    k: Tensor  # (B, H, length, D)
+    v: Tensor  # (B, H, length, D)
+    tokens: int = 0  # seen so far
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append those of T new tokens (B, H, T, D); returns those of all tokens so far."""
@@ -132,8 +131,7 @@ class Block(nn.Module):
     ) -> Tensor:
         # Pre-norm: no LayerNorm on the residual path between the blocks, so deep models train.
         x = x + self.attn(self.ln_1(x), mask, cache)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
@@ -206,7 +204,7 @@ class GPT(nn.Module):
         T = idx.size(1)
         start = cache[0].tokens if cache else 0
         if positions is None:
-            limit = self.config.context_length
+            limit = cache[0].k.size(2) if cache else self.config.context_length
             if start + T > limit:
                 raise ValueError(
                     f"{start + T} tokens do not fit the context of {limit}; shorten the input"
@@ -245,10 +243,9 @@ class GPT(nn.Module):
 
     # ---- numbers ---------------------------------------------------------------------------------
 
-    def num_parameters(self, position: bool = True) -> int:
-        """Parameters, the tied head counted once; without ``position`` those of wpe left out."""
-        total = sum(p.numel() for p in self.parameters())
-        return total if position else total - self.transformer.wpe.weight.numel()
+    def num_parameters(self) -> int:
+        """Parameters, the tied head counted once."""
+        return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
         """Training FLOPs a token at full context, forward and backward pass.
@@ -257,8 +254,8 @@ class GPT(nn.Module):
         attention is counted in full, not its causal half, as nanoGPT and llm.c count it.
         """
         c = self.config
-        attention = 12 * c.n_layers * c.d_model * c.context_length
-        return 6 * self.num_parameters(position=False) + attention
+        weights = self.num_parameters() - self.transformer.wpe.weight.numel()
+        return 6 * weights + 12 * c.n_layers * c.d_model * c.context_length
 
     # ---- Hugging Face's files --------------------------------------------------------------------
 

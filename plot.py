@@ -472,8 +472,8 @@ def draw_once(config: PlotConfig) -> None:
     """Read the runs, write the picture and, for a single run, the report."""
     runs = []
     for argument in config.runs:
-        name, _, path = argument.rpartition("=")
-        if os.path.exists(argument):  # a path may itself contain "="
+        name, _, path = argument.partition("=")
+        if os.path.exists(argument) or not path:  # a path may itself contain "="
             name, path = "", argument
         runs.append(read_metrics(path, name or None))
     # Folders of the same name, such as log, are told apart by the paths to them.

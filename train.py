@@ -41,7 +41,7 @@ from model import GPT, GPTConfig
 Preset = Literal["gpt-xs", "quickstart", "finetune", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 MAX_SKIPPED = 10  # consecutive bad gradients that end the run; overflows in fp16 do not count
-# Ranks may differ in these: paths on their machines, and what rank 0 alone uses.
+# Ranks may differ in these: what names something on their machines, and what rank 0 alone uses.
 LOCAL_SETTINGS = ("data_dir", "log_dir", "hellaswag_data", "device", "tensorboard", "wandb")
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -172,7 +172,6 @@ class TrainConfig:
             "sample_prompt": self.sample_every == 0,
             "keep_checkpoints": self.checkpoint_every == 0,
             "bf16_grads": world_size == 1,
-            "profile": self.max_steps < compiler.FIRST_TRACED_STEP,
         }
         given = [name for name in unused if getattr(self, name) != getattr(preset, name)]
         return [f"{name} has no effect beside the others" for name in given if unused[name]]
@@ -288,11 +287,10 @@ def train(
         common["dtype"] = dist_info.dtype  # "auto" depends on the hardware
         dist_info.require_equal(common)
         if ignored := ignored_files(config.data_dir, train_data, val_data):
-            notes.append(f"left out, as index.json does not list them: {', '.join(ignored)}")
+            notes.append(f"left out, as no shards of this data set: {', '.join(ignored)}")
         examples: tuple[hellaswag.Example, ...] = ()
         if config.hellaswag_every:
-            path = config.hellaswag_data
-            examples = dist_info.on_rank_0(lambda: hellaswag.load_if_reachable(path))
+            examples = dist_info.on_rank_0(lambda: hellaswag.load_or_skip(config.hellaswag_data))
             hellaswag.pack_for(device, examples, config.model)  # kept; now, for its errors' sake
         prompt: list[int] = []  # the tokens that the samples continue
         if config.sample_every:
@@ -333,7 +331,6 @@ def train(
             checkpoint.load_optimizer(optimizer, state.optimizer, saved)
             if state.scaler:
                 scaler.load_state_dict(state.scaler)
-            torch.set_rng_state(state.rng)
             progress = Progress(**state.progress)
             notes.append(f"resumed from {saved}")
         elif config.init_from is not None and rank == 0:  # DDP copies its weights to all
@@ -351,7 +348,8 @@ def train(
             training_model = ddp = wrap_ddp(model, device, config.bf16_grads)
         compiled = None
         if config.compile:
-            problem = compiler.compiler_problem(device, steps=config.max_steps - progress.step)
+            steps = config.max_steps - progress.step
+            problem = dist_info.on_rank_0(lambda: compiler.compiler_problem(device, steps))
             if problem is None:
                 training_model = compiled = compiler.compile_model(training_model, device)
             else:
@@ -367,7 +365,7 @@ def train(
             max_steps=config.max_steps,
             tokens_per_step=config.batch_tokens,
             flops_per_step=model.flops_per_token() * config.batch_tokens,
-            losses=progress.losses,
+            losses=progress.losses,  # the same list: it adds to it, and checkpoints save it
         )
         stack.callback(logger.close)
         facts = {
@@ -391,7 +389,7 @@ def train(
             config.log_dir, config.keep_checkpoints, report=logger.report, warn=logger.print
         )
         writer.saved_step = progress.step if saved else None
-        stack.callback(writer.collect, wait=True)  # after an error it is what a resume needs
+        stack.callback(writer.collect, wait=True)  # for the last save, after an error too
         batches = layout.batches(len(train_data), config.seed, config.shuffle, progress.step)
         # Three steps ahead, to ride out short stalls of the disk.
         loader = TokenLoader(train_data, batches, device, prefetch=3 * micro_steps)
@@ -405,7 +403,7 @@ def train(
         intervals = (config.checkpoint_every, *evaluations)
 
         def is_due(every: int) -> bool:
-            return every > 0 and (progress.step % every == 0 or progress.step >= config.max_steps)
+            return every > 0 and (ending or progress.step % every == 0)
 
         while True:
             # ---- what the steps before have brought, and what is due before this one
@@ -419,11 +417,10 @@ def train(
                 raise FloatingPointError(
                     f"{MAX_SKIPPED} gradients in a row were not finite; a lower --max-lr may help"
                 )
-            # The checkpoint first, so that no failure of the others can cost these steps, nor a
-            # signal that comes during them. A run that is resumed from it repeats the others.
+            # The checkpoint first, so that nothing that happens during the others can cost these
+            # steps. A run that is resumed from it repeats the others.
             writer.collect()
-            save_due = is_due(config.checkpoint_every) or (ending and config.checkpoint_every > 0)
-            if save_due and rank == 0 and writer.saved_step != progress.step:
+            if is_due(config.checkpoint_every) and rank == 0 and writer.saved_step != progress.step:
                 with logger.timed("checkpoint", progress.step):
                     state = checkpoint.TrainingState(
                         asdict(progress), settings, optimizer.state_dict(), scaler.state_dict()
@@ -440,8 +437,11 @@ def train(
                     row.update(loss=loss, best=progress.best_val)
             if examples and is_due(config.hellaswag_every):
                 with logger.timed("hellaswag", progress.step) as row:
-                    predictions = hellaswag.predict(model, examples, dist_info)
-                    row.update(hellaswag.summarize(examples, predictions))
+                    try:
+                        predictions = hellaswag.predict(model, examples, dist_info)
+                        row.update(hellaswag.summarize(examples, predictions))
+                    except FloatingPointError as error:  # the same on all ranks
+                        logger.print(f"no HellaSwag at step {progress.step}: {error}")
             is_trained = progress.step > 0 or settings["init_from"] is not None
             if is_due(config.sample_every) and rank == 0 and is_trained:
                 with logger.timed("sample", progress.step) as row:
@@ -521,7 +521,7 @@ def train(
 
 def main(on_step: Callable[[Progress, GPT], None] | None = None) -> None:
     """Parse the flags and train. --preset chooses the defaults, which the other flags override."""
-    with exit_with_one_line(remedy="continue with the same command and --resume"):
+    with exit_with_one_line(remedy="continue with --resume"):
         config = parse(TrainConfig, description=__doc__, presets=PRESETS)
         dist_info = DistInfo.initialize(config.device, config.dtype)
         # If the ranks disagreed on the next line, some would wait there for the others.

@@ -41,7 +41,9 @@ def torch_loss(config: TrainConfig) -> AbstractContextManager[Step]:
 
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
         hidden = model.hidden_states(idx).flatten(0, 1)  # (B * T, C)
-        return F.linear_cross_entropy(hidden, model.lm_head.weight, targets.flatten())
+        options = torch.nn.LinearCrossEntropyOptions()  # without them it keeps all logits
+        weight = model.lm_head.weight
+        return F.linear_cross_entropy(hidden, weight, targets.flatten(), options=options)
 
     return plain_step(config, model, loss)
 

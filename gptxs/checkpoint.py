@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ class TrainingState:
     settings: dict[str, Any]  # the configuration, as in metrics.jsonl, and the data's fingerprint
     optimizer: dict[str, Any]  # the optimizer's state_dict
     scaler: dict[str, Any]  # the loss scaler's, empty but for fp16
-    rng: Tensor = field(default_factory=torch.get_rng_state)  # of the generator on the CPU
 
 
 def list_checkpoints(log_dir: Path) -> list[Path]:
@@ -85,7 +84,7 @@ def latest_valid(log_dir: Path, model_only: bool = False) -> Path | None:
             verify(folders[0], model_only)
             return folders[0]
         except (OSError, ValueError) as error:
-            if folders[0].exists():
+            if folders[0].exists():  # otherwise a run has pruned it meanwhile
                 print(f"{folders[0]}: damaged ({error}); trying the one before", file=sys.stderr)
                 damaged.append(folders[0])
     if damaged:
@@ -157,7 +156,7 @@ class Writer:
     def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[float] | None = None
-        self._step = 0  # of the pending save
+        self._pending_step = 0
         self._pause = 0.0  # seconds that training waited for it
         # The next step updates the weights and moments in place, so the thread writes host copies:
         # 1.5 GB for 124M and AdamW, 2.5 GB if pinned, which torch rounds up to powers of two.
@@ -172,7 +171,7 @@ class Writer:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # the copies were only queued
         state = replace(state, optimizer=optimizer)
-        self._step = state.progress["step"]
+        self._pending_step = state.progress["step"]
         self._pause = time.perf_counter() - start
         self._pending = self._thread.submit(save, self.log_dir, weights, shape, state, self.keep)
 
@@ -189,8 +188,9 @@ class Writer:
             self.problem = first_line(error)
             self.warn(f"checkpoint not saved: {self.problem}")
             return
-        self.saved_step = self._step
-        self.report("checkpoint", self._step, {"path": folder_name(self._step), **figures})
+        self.saved_step = self._pending_step
+        path = folder_name(self.saved_step)
+        self.report("checkpoint", self.saved_step, {"path": path, **figures})
 
     def _copy(self, name: str, value: Any) -> Any:
         """Nested dicts, their tensors copied to host buffers; ``name`` is a buffer's key."""
@@ -214,12 +214,12 @@ def save(log_dir: Path, weights: Weights, shape: Shape, state: TrainingState, ke
     step = state.progress["step"]
     final = log_dir / folder_name(step)
     partial = log_dir / f".partial_{final.name}"
-    _require_finite(weights, state)
     try:
+        _require_finite(weights, state)
         # In this order the process may be killed at any moment: first complete files, then their
         # name, and only then fewer old checkpoints.
         _remove_partial(log_dir)
-        partial.mkdir()
+        partial.mkdir(parents=True)  # the user may have moved the log folder
         _write_files(partial, weights, shape, state)
         if final.exists():  # a damaged one: moved aside, never half deleted in place
             final.rename(log_dir / f".partial_old_{final.name}")
@@ -243,7 +243,7 @@ def _remove_partial(log_dir: Path) -> None:
 
 
 def _require_finite(weights: Weights, state: TrainingState) -> None:
-    """Raise OSError where a run could not go on from, which may cost an older, good checkpoint."""
+    """Raise OSError for what no run could go on from, and what might cost an older checkpoint."""
     tensors = dict(weights)
     for index, moments in state.optimizer["state"].items():
         tensors.update({f"optimizer.state[{index}].{name}": moments[name] for name in moments})

@@ -110,11 +110,11 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """What ``sha256sum`` prints of model.safetensors; of several files, of its lines for them."""
-    sums = {path.name: sha256(path) for path in _weight_files(folder)}
-    if len(sums) == 1:
-        return sums["model.safetensors"]
-    lines = [f"{digest}  {name}\n" for name, digest in sums.items()]
+    """What ``sha256sum`` prints of the weights' file; of several, of its lines for them."""
+    paths = _weight_files(folder)
+    if len(paths) == 1:
+        return sha256(paths[0])
+    lines = [f"{sha256(path)}  {path.name}\n" for path in paths]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

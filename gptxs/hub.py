@@ -49,8 +49,8 @@ def local_folder(source: str | Path) -> Path:
     try:
         require_hub()
         return Path(snapshot_download(str(source), allow_patterns=MODEL_FILES + TOKENIZER_FILES))
-    except errors.RepositoryNotFoundError:  # private ones too, unless `hf auth login`
-        raise FileNotFoundError(f"{source}: no such folder, and not on the hub") from None
+    except errors.RepositoryNotFoundError:  # also where it is gated or private: `hf auth login`
+        raise FileNotFoundError(f"{source}: no such folder, and not (for you) on the hub") from None
     except Exception as error:
         kind = ValueError if isinstance(error, ValueError) else ConnectionError
         raise kind(f"{source}: no such folder, and no download: {first_line(error)}") from None

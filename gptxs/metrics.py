@@ -1,6 +1,6 @@
 """What a run reports: metrics.jsonl, the console, torch.TensorBoard and Weights & Biases.
 
-Rank 0 alone writes. A full disk or a tracker that fails is reported and never ends a run.
+Rank 0 alone writes. A full disk, or a tracker that fails once it has started, ends no run.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def start_wandb(log_dir: Path, config: dict[str, Any]) -> Any:
     import wandb
 
     file = log_dir / "wandb_id"
-    known = file.read_text().strip() if file.exists() else None
+    known = (file.read_text().strip() or None) if file.exists() else None
     run = wandb.init(project="gpt-xs", dir=log_dir, config=config, id=known, resume="allow")
     file.write_text(run.id)
     # wandb's own count of steps never goes back, as ours does to a checkpoint.

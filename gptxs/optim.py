@@ -29,7 +29,8 @@ class ScheduleSettings(Protocol):
 
 
 def learning_rate(step: int, config: ScheduleSettings) -> float:
-    """The learning rate of update ``step``: linear to max_lr, then down to min_lr at the last one.
+    """The learning rate of update ``step``: linear to max_lr, then down to min_lr at the last one,
+    where the warm-up leaves two updates or more.
 
     The way down is half a cosine (Loshchilov & Hutter 2017) or a line. "wsd" (warm-up, stable,
     decay; Hu et al. 2024) stays at max_lr, and is a line over the last ``cooldown`` of the steps.
@@ -40,8 +41,7 @@ def learning_rate(step: int, config: ScheduleSettings) -> float:
     decay_start = c.warmup_steps  # the last step at max_lr
     if c.schedule == "wsd":
         decay_start = max(c.warmup_steps, c.max_steps - 1 - round(c.cooldown * c.max_steps))
-    decay_steps = max(1, c.max_steps - 1 - decay_start)
-    progress = min(1.0, max(0, step - decay_start) / decay_steps)
+    progress = max(0, step - decay_start) / max(1, c.max_steps - 1 - decay_start)  # from 0 to 1
     cosine = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
     return c.min_lr + (cosine if c.schedule == "cosine" else 1 - progress) * (c.max_lr - c.min_lr)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 @functools.cache
 def stdlib_documents() -> list[str]:
-    """The manual pages of `pydoc_data` and every docstring of the standard library's modules."""
+    """The manual pages of `pydoc_data` and nearly every docstring of the standard library."""
     from pydoc_data.topics import topics
 
     name_of = {text: topic for topic, text in topics.items()}  # keyed by text: no duplicates

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,11 @@ def test_several_files_are_read_and_summed_as_one_model(ours: Path, tmp_path: Pa
     lines = "".join(f"{sha256(path)}  {path.name}\n" for path in files)
     assert hf.weights_sha256(many) == hashlib.sha256(lines.encode()).hexdigest()
     assert hf.weights_sha256(ours) == sha256(ours / "model.safetensors")
+    one = shutil.copytree(ours, tmp_path / "one")
+    (one / "model.safetensors").rename(one / "model-1.safetensors")
+    index = {"weight_map": {"wte.weight": "model-1.safetensors"}}
+    (one / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert hf.weights_sha256(one) == hf.weights_sha256(ours)
     # A file that the index does not name is not read.
     (many / "model-00099-of-00099.safetensors").write_bytes(b"half a download")
     assert_equal(hf.read_weights(many), hf.read_weights(ours))
@@ -225,7 +231,7 @@ def test_a_model_of_the_hub_has_its_tokenizer_and_stays(ours: Path, tmp_path: Pa
     assert not (folder / "pytorch_model.bin").exists()
     with pytest.raises(ValueError, match=r"vocab\.json"):
         hf.require_gpt2_tokenizer(folder)
-    assert missing == "FileNotFoundError someone/else: no such folder, and not on the hub"
+    assert missing == "FileNotFoundError someone/else: no such folder, and not (for you) on the hub"
     environment["HF_HUB_OFFLINE"] = "1"
     found, missing = download("someone/small", "someone/else", **environment)
     assert found == str(folder)

@@ -82,7 +82,6 @@ def test_the_default_has_the_published_size_and_cost() -> None:
     with torch.device("meta"):
         model = GPT(GPTConfig())
     assert model.num_parameters() == 124_082_688
-    assert model.num_parameters(position=False) == 124_082_688 - 512 * 768
     assert model.flops_per_token() == pytest.approx(0.799e9, rel=1e-3)
 
 
@@ -124,6 +123,8 @@ def test_with_a_cache_the_states_are_the_same(parts: list[int], dtype: torch.dty
         for layer in cache:
             assert layer.tokens == 24
             layer.tokens = 0
+    with pytest.raises(ValueError, match=r"5 tokens .* context of 4"):
+        model.hidden_states(idx[:, :5], cache=model.make_cache(batch=3, length=4))
 
 
 def gradients(model: torch.nn.Module, idx: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -102,6 +102,7 @@ for name in ("fcntl", "resource", "grp", "pwd"):
     sys.modules[name] = None  # importing it raises ImportError
 for name in ("pread", "preadv", "getuid", "geteuid", "getpgid", "fork", "sched_getaffinity"):
     delattr(os, name)
+os.process_cpu_count = os.cpu_count  # since Python 3.13, and by sched_getaffinity where that is
 for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGQUIT", "setitimer", "pthread_kill"):
     delattr(signal, name)
 shutil._use_fd_functions = False  # rmtree would open folders, as it does not do there

@@ -294,10 +294,11 @@ def test_an_overlay_names_its_runs_apart(command: Any, monkeypatch: pytest.Monke
     monkeypatch.setenv("HOME", str(Path.cwd()))
     one = log(Path(), a_run(steps=5), "one/log")
     log(Path(), a_run(steps=5), "lr=1/log")
-    assert command("one/log", "lr=1/log", "ours=~/one/log", "--format", "svg")[::2] == (0, "")
+    runs = ("one/log", "lr=1/log", "ours=~/one/log", "wide=lr=1/log")
+    assert command(*runs, "--format", "svg")[::2] == (0, "")
     assert sorted(path.name for path in one.iterdir()) == ["metrics.jsonl", "overlay.svg"]
-    names = re.findall("<!-- (.*log|ours) -->", (one / "overlay.svg").read_text())
-    assert names == ["one/log", "lr=1/log", "ours"]
+    names = re.findall("<!-- (.*log|ours|wide) -->", (one / "overlay.svg").read_text())
+    assert names == ["one/log", "lr=1/log", "ours", "wide"]
 
 
 def test_flags_without_effect_say_so(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:

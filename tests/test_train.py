@@ -70,7 +70,7 @@ def test_a_preset_has_its_size_and_fits_one_to_eight_devices(name: Any, millions
 def test_options_without_effect_are_named(folder: Path) -> None:
     settings: dict[str, Any] = {"muon_lr_scale": 2.0, "cooldown": 0.3, "val_tokens": 4096}
     settings |= {"hellaswag_data": Path("h.jsonl"), "sample_prompt": "a", "keep_checkpoints": 7}
-    settings |= {"bf16_grads": True, "profile": 9}
+    settings |= {"bf16_grads": True}
     off: Any = dict.fromkeys(
         ("val_every", "hellaswag_every", "sample_every", "checkpoint_every"), 0
     )
@@ -193,6 +193,27 @@ def test_a_run_does_without_hellaswag_and_its_plot_where_they_fail(folder: Path)
     assert out.count("HellaSwag is skipped") == 1
     assert out.endswith("no plot: no fonts\n")
     assert len(metrics(folder / "log", "train")) == 5
+
+
+def overflow_in_hellaswag() -> None:
+    train.hellaswag.load_or_skip = Mock(return_value=(Mock(),))
+    train.hellaswag.pack_for = Mock()
+    train.hellaswag.predict = Mock(side_effect=FloatingPointError("not finite in fp16"))
+
+
+def move_the_log_folder(run: Any) -> None:
+    if run.step == 11:
+        wait_for(lambda: 7 in saved_steps(Path("log")))
+        Path("log").rename("moved")
+
+
+def test_a_run_goes_on_where_an_evaluation_overflows_and_its_log_folder_moves(folder: Path) -> None:
+    """A resumed run would overflow again, and what was trained since would be lost again."""
+    flags = ("--hellaswag-every", "20", "--max-steps", "20", "--checkpoint-every", "7")
+    out = run_well(folder, *flags, before=overflow_in_hellaswag, on_step=move_the_log_folder)
+    assert out.count("no HellaSwag at step 0: not finite in fp16\n") == 1
+    assert saved_steps(folder / "moved") == [0, 7]
+    assert saved_steps(folder / "log") == [14, 20]
 
 
 def stop_and_kill_in_validation(run: Any) -> None:
