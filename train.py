@@ -509,7 +509,7 @@ def train(
             logger.print(f"done: metrics.jsonl, plot.png and report.md are in {config.log_dir}/")
         except Exception as error:  # whatever it is: a run never fails because its picture does
             logger.print(f"done, but no plot: {first_line(error)}")
-        if has_checkpoints:
+        if writer.saved_step == progress.step:
             command = f"python eval.py --checkpoint {config.log_dir} --prompt"
             logger.print(f'now try\n{command} "{config.sample_prompt}"')
     if rank == 0 and has_checkpoints and writer.saved_step != progress.step:

@@ -249,6 +249,7 @@ def test_a_full_disk_ends_a_run_with_1_where_the_last_checkpoint_is_missing(fold
     assert err.startswith("train.py: the last checkpoint was not saved")
     assert err.count("\n") == 1
     assert out.count("checkpoint not saved: No space left on device\n") == 2
+    assert "python eval.py" not in out  # which would find no checkpoint of this step
     assert saved_steps(folder / "log") == [0]
     assert len(metrics(folder / "log", "train")) == 12
 
