@@ -294,6 +294,8 @@ def prepare(config: DatasetConfig) -> ShardIndex:
     folder = config.data_dir
     lock = lock_folder(folder, flag="--data-dir")
     try:
+        for left in folder.glob(".*.tmp"):  # by a process that was killed
+            left.unlink()
         old = ShardIndex.read(folder)
         if old is None and any(folder.glob("*.npy")):
             raise ValueError(f"{folder} has shards but no index.json; give another --data-dir")

@@ -20,7 +20,8 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file that appears under its name once it is complete and on the disk, or never."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    # With the process's number: plot.py --watch and the end of a run write the same picture.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
