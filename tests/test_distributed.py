@@ -1,5 +1,6 @@
 """Device, precision and the signal that stops a run; several ranks and machines."""
 
+import os
 import platform
 import signal
 import subprocess
@@ -49,6 +50,19 @@ def test_each_rank_has_a_gpu_of_its_own_and_waits_for_the_others(monkeypatch: Mo
     assert info == DistInfo(1, 2, torch.device("cuda:1"), torch.float16)
     assert init.call_args.args == ("nccl",)
     assert init.call_args.kwargs["timeout"].total_seconds() >= 1800
+
+
+def lack_the_compiler_on_rank_0() -> None:
+    problem = "no compiler here" if os.environ["RANK"] == "0" else None
+    train.compiler.compiler_problem = lambda *_: problem
+    train.compiler.compile_model = Mock(side_effect=RuntimeError("a rank compiled"))
+
+
+def test_all_ranks_compile_or_none_does(folder: Path) -> None:
+    """Else the others would wait for the slow one in each step, and nobody would know why."""
+    flags = (*PLAIN, "--compile")
+    out = run_well(folder, *flags, ranks=2, before=lack_the_compiler_on_rank_0)
+    assert "training without torch.compile: no compiler here\n" in out
 
 
 @pytest.mark.parametrize("name", ["cuda:77", "gpu", "xpu"])

@@ -35,6 +35,17 @@ def test_a_file_appears_once_it_is_complete(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["index.json"]
 
 
+def test_two_processes_write_the_same_file(tmp_path: Path, monkeypatch: Patch) -> None:
+    path = tmp_path / "plot.png"
+    with files.atomic_write(path) as ours:
+        ours.write(b"ours")
+        monkeypatch.setattr(os, "getpid", lambda: 0)
+        with files.atomic_write(path) as theirs:
+            theirs.write(b"theirs")
+        assert path.read_bytes() == b"theirs"
+    assert path.read_bytes() == b"ours"
+
+
 @pytest.mark.parametrize(
     ("of_folders", "number", "is_error"),
     [

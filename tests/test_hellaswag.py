@@ -1,6 +1,7 @@
 """HellaSwag: the same answers as the harness and as a plain loop, each example exactly once."""
 
 import json
+import os
 import random
 import shutil
 import sys
@@ -259,6 +260,7 @@ def test_a_mistake_changes_nothing(command: Any, folder: Path, tmp_path: Path) -
     config = folder / "model/config.json"
     before = (config.read_bytes(), link.read_bytes())
     mistakes = [{"split": "train"}, {"limit": 0}, {"output": link}, {"output": config}]
+    mistakes.append({"output": Path(os.devnull)})  # root could replace it by a file
     for mistake in (*mistakes, {"checkpoint": other}):
         code, out, error = command(**mistake)
         assert (code, out, error.count("\n")) == (2, "", 1)
